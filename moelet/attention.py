@@ -1,0 +1,66 @@
+"""Causal attention: every way to compute it, behind one signature.
+
+The mask is ours in all of them: query i of S, being the last S of L positions, sees key j when j <= i + L - S and
+key j is not padding. A padding query sees itself, so that its softmax is defined; nothing reads its output.
+
+Shapes: B batch, H heads, S queries, L keys, C head width.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moelet.errors import pick
+
+
+def causal_mask(n_queries: int, n_keys: int, valid_BL: Tensor | None, device: torch.device) -> Tensor:
+    """Return which keys each query may see, bool: (S, L), or (B, 1, S, L) where `valid_BL` marks the real tokens."""
+    allowed_SL = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)
+    if valid_BL is None:
+        return allowed_SL
+    self_SL = allowed_SL & torch.ones_like(allowed_SL).triu(n_keys - n_queries)
+    return (allowed_SL & valid_BL[:, None, None, :]) | self_SL
+
+
+def explicit(
+    q_BHSC: Tensor, k_BHLC: Tensor, v_BHLC: Tensor, valid_BL: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """The definition: scores, mask, softmax in float32, dropout on the weights, weighted sum.
+
+    Source: Vaswani et al. 2017, section 3.2.1.
+    """
+    allowed = causal_mask(q_BHSC.shape[2], k_BHLC.shape[2], valid_BL, q_BHSC.device)
+    scores_BHSL = (q_BHSC * q_BHSC.shape[-1] ** -0.5) @ k_BHLC.transpose(-2, -1)
+    weights_BHSL = scores_BHSL.masked_fill_(~allowed, float("-inf")).softmax(-1)
+    return F.dropout(weights_BHSL, dropout) @ v_BHLC
+
+
+def sdpa(
+    q_BHSC: Tensor, k_BHLC: Tensor, v_BHLC: Tensor, valid_BL: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """torch's fused attention; it builds the causal mask itself only where queries and keys are the same positions."""
+    n_queries, n_keys = q_BHSC.shape[2], k_BHLC.shape[2]
+    if valid_BL is None and n_queries == n_keys:
+        return F.scaled_dot_product_attention(q_BHSC, k_BHLC, v_BHLC, dropout_p=dropout, is_causal=True)
+    allowed = causal_mask(n_queries, n_keys, valid_BL, q_BHSC.device)
+    return F.scaled_dot_product_attention(q_BHSC, k_BHLC, v_BHLC, attn_mask=allowed, dropout_p=dropout)
+
+
+ATTENTION: dict[str, Callable[..., Tensor]] = {"explicit": explicit, "sdpa": sdpa}
+
+
+def causal_attention(
+    q_BHSC: Tensor,
+    k_BHLC: Tensor,
+    v_BHLC: Tensor,
+    valid_BL: Tensor | None = None,
+    dropout: float = 0.0,
+    backend: str = "explicit",
+) -> Tensor:
+    """Return the attention output (B, H, S, C). `dropout` is a probability, 0 in evaluation.
+
+    Raises UserError for an unknown backend.
+    """
+    return pick(ATTENTION, backend, "model.attention")(q_BHSC, k_BHLC, v_BHLC, valid_BL, dropout)

@@ -1,0 +1,74 @@
+"""What a person sees while a run goes on: one progress line, in a terminal, a pipe or a notebook."""
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+PLAIN_SECONDS = 5.0  # a pipe or a notebook gets a line at most this often; a terminal redraws one line in place
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as 1:05 or 2:03:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def progress_line(row: dict[str, Any], total_steps: int, seconds_left: float) -> str:
+    """Return the progress line for one logged step."""
+    bits = f" {row['bits_per_byte']:.3f} bits/byte" if row["bits_per_byte"] is not None else ""
+    loads = [load for layer in row["expert_load"] for load in layer]
+    parts = [
+        f"step {row['step']}/{total_steps} {row['step'] / total_steps:4.0%}",
+        f"loss {row['loss']:.4f}{bits}",
+        f"lr {row['lr']:.1e}",
+        f"{row['tokens_per_second']:,.0f} tok/s",
+        f"{duration(seconds_left)} left",
+        *([f"experts {min(loads):.2f}-{max(loads):.2f}"] if loads else []),
+        f"{row['memory_mb']:,.0f} MB",
+    ]
+    return " | ".join(parts)
+
+
+class Progress:
+    """Shows messages and a progress line; a context manager, so that the terminal is left as it was."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(soft_wrap=True, highlight=False)
+        in_place = self._console.is_terminal and not self._console.is_jupyter
+        self._live = Live(console=self._console, transient=True, auto_refresh=False) if in_place else None
+        self._shown = float("-inf")
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, *lines: str) -> None:
+        """Print lines that stay."""
+        for line in lines:
+            self._console.print(Text(line))
+
+    def show(self, line: str, lasting: bool) -> None:
+        """Show the progress line; `lasting` ones stay on the screen and are never left out."""
+        now = time.monotonic()
+        if lasting or (self._live is None and now - self._shown >= PLAIN_SECONDS):
+            self._shown = now
+            self.say(line)
+        elif self._live is not None:
+            self._live.update(Text(line, overflow="ellipsis", no_wrap=True), refresh=True)
+
+
+def table(title: str, rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Return aligned lines of names and values under a title."""
+    width = max(len(name) for name, _ in rows)
+    return [title, *(f"  {name:<{width}}  {value}" for name, value in rows)]

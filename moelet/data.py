@@ -1,0 +1,314 @@
+"""From documents to batches: pieces, held-out split, shuffle window, rows, batches, prefetch.
+
+Every stage yields (item, cursor), and a cursor is plain data that says where the next item starts, so the stage can
+be rebuilt there: the window is read again from the source's own cursor, permuted again by (seed, epoch, window), and
+entered at a piece and a token. Nothing is buffered that a cursor would have to carry.
+
+    {"epoch", "window", "source": the source's cursor at the window's start, "piece", "token",
+     "counts": what was read before this window, by reason, "positions", "padding": of all rows so far}
+"""
+
+import gzip
+import hashlib
+import itertools
+import queue
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moelet.errors import UserError, pick
+from moelet.hparams import DataSettings
+from moelet.loss import IGNORE
+from moelet.sources import SOURCES, Cursor, Document, Skipped
+from moelet.tokenizer import Tokenizer
+
+PIECE_CHARS = 8192  # a long document is cut into pieces, about 4 rows of 512 tokens each: the unit of shuffling and
+# of the held-out split. Shorter ones would break more contexts, longer ones would shuffle a book less well.
+PREFETCH_BATCHES = 4
+START: Cursor = {
+    "epoch": 0,
+    "window": 0,
+    "source": None,
+    "piece": 0,
+    "token": 0,
+    "counts": {},
+    "positions": 0,
+    "padding": 0,
+}
+
+
+class Piece(NamedTuple):
+    text: str
+    name: str
+    ends: bool  # whether the document ends here: only then an EOS follows
+
+
+class Batch(NamedTuple):
+    input_ids: Tensor  # (B, S) int64
+    labels: Tensor  # (B, S) int64, IGNORE where nothing is to be predicted: padding and BOS
+    valid: Tensor | None  # (B, S) bool, False on padding; None where there is none
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(None if item is None else item.to(device, non_blocking=True) for item in self))
+
+
+class Validation(NamedTuple):
+    """Held-out text, whole pieces, in batches."""
+
+    batches: list[Batch]
+    n_tokens: int
+    n_bytes: int
+    gzip_bits_per_byte: float  # of the same bytes at level 9, the plainest model of text there is
+
+
+def cut(document: Document) -> list[Piece]:
+    """Return the document in pieces of at most PIECE_CHARS characters, cut behind a line end or else a space."""
+    text, pieces, start = document.text, [], 0
+    while start < len(text):
+        end = start + PIECE_CHARS
+        if end < len(text):
+            for mark in ("\n", " "):
+                found = text.rfind(mark, start + PIECE_CHARS // 2, end)
+                if found >= 0:
+                    end = found + 1
+                    break
+        last = end >= len(text)
+        pieces.append(Piece(text[start:end], f"{document.name}#{start}", last and document.ends))
+        start = end
+    return pieces
+
+
+def held_out(text: str, fraction: float) -> bool:
+    """Return whether this piece of text is for validation: a property of its content, so equal texts never part."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest) < fraction * 2**64
+
+
+def splits(settings: DataSettings) -> dict[str, Callable[[str], bool]]:
+    """Return which pieces of text belong to each split."""
+    return {
+        "train": lambda text: not held_out(text, settings.validation_fraction),
+        "validation": lambda text: held_out(text, settings.validation_fraction),
+        "all": lambda text: True,
+    }
+
+
+def one_epoch(settings: DataSettings, seed: int, split: str, at: Cursor) -> Iterator[tuple[list[Piece], Cursor]]:
+    """Yield the shuffled windows of one pass over the source, each with the cursor of its start, then (`[]`, the
+    cursor of the next epoch)."""
+    keep = splits(settings)[split]
+    source = pick(SOURCES, settings.source, "data.source")
+    items = source.documents(settings, seed, at["epoch"], at["source"])
+    while True:
+        counts = Counter(at["counts"])
+        pieces, after = _read_window(items, settings.shuffle_window, keep, counts)
+        order = np.random.default_rng([seed, at["epoch"], at["window"]]).permutation(len(pieces))
+        if pieces:
+            yield [pieces[i] for i in order], at
+        fresh = {"piece": 0, "token": 0, "counts": dict(counts)}
+        if after is None:
+            yield [], {**at, **fresh, "epoch": at["epoch"] + 1, "window": 0, "source": None}
+            return
+        at = {**at, **fresh, "window": at["window"] + 1, "source": after}
+
+
+def _read_window(
+    items: Iterator[tuple[Document | Skipped, Cursor]], size: int, keep: Callable[[str], bool], counts: Counter[str]
+) -> tuple[list[Piece], Cursor | None]:
+    """Return pieces of whole documents until there are `size`, and the source's cursor then; None at its end."""
+    pieces: list[Piece] = []
+    for item, cursor in items:
+        if isinstance(item, Skipped):
+            counts[item.reason] += 1
+        else:
+            whole = cut(item)
+            counts["documents"] += 1 if item.ends else 0
+            counts["cut in pieces"] += 1 if len(whole) > 1 and item.ends else 0
+            pieces += [piece for piece in whole if keep(piece.text)]
+        if len(pieces) >= size:
+            return pieces, cursor
+    return pieces, None
+
+
+def epochs(settings: DataSettings, seed: int, at: Cursor) -> Iterator[tuple[list[Piece], Cursor]]:
+    """Yield the training windows of epoch after epoch, each epoch in an order of its own."""
+    while True:
+        found = at["source"] is not None
+        for pieces, window in one_epoch(settings, seed, "train", at):
+            if pieces:
+                found = True
+                yield pieces, window
+            else:
+                at = window
+        if not found:
+            raise UserError(
+                f"the data holds no text to train on ({_describe(at['counts'])}). A run needs at least one document "
+                "that is not empty. Set data.files or data.source to text, or lower data.validation_fraction."
+            )
+
+
+def _describe(counts: dict[str, int]) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items())) or "no documents at all"
+
+
+def encoded(
+    windows: Iterator[tuple[list[Piece], Cursor]], tokenizer: Tokenizer
+) -> Iterator[tuple[np.ndarray, Cursor]]:
+    """Yield the ids of each piece, BOS first and EOS where its document ends, with the cursor of its start."""
+    for pieces, window in windows:
+        for index in range(window["piece"], len(pieces)):
+            piece = pieces[index]
+            end = [tokenizer.eos_id] if piece.ends else []
+            ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode(piece.text), end]).astype(np.int32)
+            yield ids, {**window, "piece": index, "token": 0}
+
+
+def packed(
+    stream: Iterator[tuple[np.ndarray, Cursor]], length: int, at: Cursor
+) -> Iterator[tuple[np.ndarray, Cursor]]:
+    """Yield full rows of `length` + 1 ids, documents end to end; a row starts with the last id of the one before it,
+    so every id is predicted once. The last row of a finite stream is padded."""
+    pending: deque[tuple[np.ndarray, Cursor, int]] = deque()  # ids, where their piece starts, their offset in it
+    total, positions, padding, skip = 0, at["positions"], at["padding"], at["token"]
+    for ids, cursor in stream:
+        pending.append((ids[skip:], cursor, skip))
+        total, skip = total + len(ids) - skip, 0
+        while total > length:
+            row = np.concatenate([part for part, _, _ in pending])[: length + 1]
+            left = length
+            while len(pending[0][0]) <= left:
+                left -= len(pending.popleft()[0])
+            part, cursor, offset = pending[0]
+            pending[0] = (part[left:], cursor, offset + left)
+            total, positions = total - length, positions + length
+            yield row, {**cursor, "token": offset + left, "positions": positions, "padding": padding}
+    if total > 1:
+        row = np.concatenate([part for part, _, _ in pending])
+        counts = {"positions": positions + length, "padding": padding + length + 1 - total}
+        yield np.pad(row, (0, length + 1 - total), constant_values=Tokenizer.pad_id), {**pending[-1][1], **counts}
+
+
+def padded(
+    stream: Iterator[tuple[np.ndarray, Cursor]], length: int, at: Cursor
+) -> Iterator[tuple[np.ndarray, Cursor]]:
+    """Yield rows of `length` + 1 ids that hold one piece each; a piece too long for a row goes on in the next."""
+    positions, padding, skip = at["positions"], at["padding"], at["token"]
+    for ids, cursor in stream:
+        for start in range(skip, len(ids) - 1, length):
+            row = ids[start : start + length + 1]
+            missing = length + 1 - len(row)
+            positions, padding = positions + length, padding + missing
+            more = start + length < len(ids) - 1
+            place = {"token": start + length} if more else {"piece": cursor["piece"] + 1, "token": 0}
+            counts = {"positions": positions, "padding": padding}
+            yield np.pad(row, (0, missing), constant_values=Tokenizer.pad_id), {**cursor, **place, **counts}
+        skip = 0
+
+
+def collate(rows: list[np.ndarray]) -> Batch:
+    """Return rows of S + 1 ids as a batch of inputs and, shifted by one, labels."""
+    ids = torch.from_numpy(np.stack(rows).astype(np.int64))
+    inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].clone()
+    labels[(labels == Tokenizer.pad_id) | (labels == Tokenizer.bos_id)] = IGNORE
+    valid = inputs != Tokenizer.pad_id
+    return Batch(inputs, labels, None if valid.all() else valid)
+
+
+def batches(rows: Iterator[tuple[np.ndarray, Cursor]], size: int) -> Iterator[tuple[Batch, Cursor]]:
+    """Yield batches of `size` rows (the last of a finite stream may be smaller), each with its last row's cursor."""
+    for group in iter(lambda: list(itertools.islice(rows, size)), []):
+        yield collate([row for row, _ in group]), group[-1][1]
+
+
+def training_batches(
+    settings: DataSettings, tokenizer: Tokenizer, length: int, size: int, seed: int, at: Cursor
+) -> Iterator[tuple[Batch, Cursor]]:
+    """Yield batches without end, from cursor `at` on. Raises UserError when the data holds no text."""
+    rows = packed if settings.packing else padded
+    return batches(rows(encoded(epochs(settings, seed, at), tokenizer), length, at), size)
+
+
+def training_texts(settings: DataSettings, seed: int) -> Iterator[str]:
+    """Yield the pieces of text of the first epoch's training split, in training order."""
+    found = False
+    for pieces, at in one_epoch(settings, seed, "train", START):
+        found = found or bool(pieces)
+        yield from (piece.text for piece in pieces)
+        if not pieces and not found:
+            next(epochs(settings, seed, at))  # raises the error that says what the source held instead
+
+
+def read_validation(
+    settings: DataSettings, tokenizer: Tokenizer, length: int, size: int, n_tokens: int | None, split: str
+) -> Validation:
+    """Return about `n_tokens` tokens (None: all) of the split, in an order that no seed changes.
+
+    Raises UserError when the split is empty.
+    """
+    taken: list[tuple[np.ndarray, Cursor]] = []
+    texts: list[str] = []
+    total, counts = 0, {}
+    for pieces, at in one_epoch(settings, 0, split, START):
+        counts = at["counts"]
+        for index, (ids, cursor) in enumerate(encoded(iter([(pieces, at)]), tokenizer)):
+            if n_tokens is not None and total >= n_tokens:
+                break
+            taken.append((ids, cursor))
+            texts.append(pieces[index].text)
+            total += len(ids) - 1
+    if not taken:
+        raise UserError(
+            f"no text is held out for validation ({_describe(counts)}; validation_fraction "
+            f"{settings.validation_fraction}). An evaluation needs at least one piece of {PIECE_CHARS} characters. "
+            "Raise data.validation_fraction, or add text."
+        )
+    rows = (packed if settings.packing else padded)(iter(taken), length, START)
+    raw = "".join(texts).encode()
+    gzip_bits = 8 * len(gzip.compress(raw, 9)) / max(1, len(raw))
+    return Validation([batch for batch, _ in batches(rows, size)], total, len(raw), gzip_bits)
+
+
+class Prefetch:
+    """A background thread that keeps a few items ready; the cursor that counts is that of the item handed out.
+
+    Use as a context manager; an error in the thread is raised by the next call of `next`.
+    """
+
+    def __init__(self, items: Iterator[tuple[Batch, Cursor]]) -> None:
+        self._items, self._stop = items, threading.Event()
+        self._queue: queue.Queue[Any] = queue.Queue(PREFETCH_BATCHES)
+        self._thread = threading.Thread(target=self._fill, name="moelet-data", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stop.set()
+        while self._thread.is_alive():
+            with_room = not self._queue.empty()
+            if with_room:
+                self._queue.get_nowait()
+            self._thread.join(0.05)
+
+    def __next__(self) -> tuple[Batch, Cursor]:
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        batch, cursor = item
+        return batch, cursor
+
+    def _fill(self) -> None:
+        try:
+            for item in self._items:
+                self._queue.put(item)
+                if self._stop.is_set():
+                    return
+        except BaseException as error:  # handed over, to be raised where the batch is missed
+            self._queue.put(error)

@@ -1,0 +1,35 @@
+"""The failures a person can act on, and how each ends the process. Anything else is a bug and shows its traceback."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """The given files or settings don't fit, or don't fit together: exit code 78.
+
+    The message has three parts: what was given, what is needed, what to do.
+    """
+
+    exit_code = 78
+
+
+class TemporaryError(RuntimeError):
+    """The outside world failed and nothing is lost: run the same command again. Exit code 75."""
+
+    exit_code = 75
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `" Did you mean 'x'?"` for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def pick(table: Mapping[str, T], name: str, setting: str) -> T:
+    """Return `table[name]`; raise UserError with the names there are when it is missing."""
+    if name in table:
+        return table[name]
+    raise UserError(f"{setting} is '{name}'. It must be one of: {', '.join(table)}.{nearest(name, table)}")

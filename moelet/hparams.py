@@ -1,0 +1,251 @@
+"""The settings of a run: frozen, strict, one JSON file in and out.
+
+One file rebuilds the run. Derived values are properties and are never written back; `null` means off or "derive it".
+This file knows what each setting may be; whether it fits the data or the machine is checked by whoever uses it.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from moelet.errors import UserError, nearest
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys are errors, nothing is coerced, nothing changes later."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelSettings(Section):
+    """The shape of the network. The defaults are the reference architecture."""
+
+    vocab_size: int | None = Field(None, ge=4, description="rows of the embedding; null: the tokenizer's")
+    max_length: int = Field(512, ge=2, description="context, in tokens")
+    d_model: int = Field(512, ge=1, description="width of the residual stream")
+    d_embed: int | None = Field(128, ge=1, description="width of the token embedding; null: d_model, no projection")
+    embed_scale: float = Field(1.0, gt=0, description="factor on the embedding at the input, not at the tied output")
+    n_layers: int = Field(4, ge=1)
+    n_heads: int = Field(8, ge=1, description="must divide d_model")
+    d_ff: int = Field(2048, ge=1, description="width of all experts of a layer together; n_experts must divide it")
+    n_experts: int = Field(8, ge=1, description="experts a layer; 1 is a dense feed-forward layer")
+    top_k: int = Field(2, ge=1, description="experts that each token uses")
+    router: str = Field("softmax", description="a name in moe.ROUTERS")
+    normalize_top_k: bool = Field(False, description="scale the chosen weights of a token to sum to 1")
+    activation: str = Field("silu", description="silu, gelu, relu2 or swiglu (gated)")
+    dropout: float = Field(0.1, ge=0, lt=1, description="on embeddings, attention weights and branch outputs")
+    tie_embeddings: bool = Field(True, description="one embedding and projection for input and output")
+    attention: str = Field("explicit", description="a name in attention.ATTENTION")
+    experts: str = Field("auto", description="a name in experts.BACKENDS, or auto")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.d_model % self.n_heads:
+            below = max(h for h in range(1, self.n_heads + 1) if self.d_model % h == 0)
+            raise ValueError(
+                f"d_model is {self.d_model} and n_heads is {self.n_heads}. The heads share d_model evenly. "
+                f"Set model.n_heads to {below}, or model.d_model to a multiple of {self.n_heads}."
+            )
+        if self.d_ff % self.n_experts:
+            raise ValueError(
+                f"d_ff is {self.d_ff} and n_experts is {self.n_experts}. The experts share d_ff evenly. "
+                f"Set model.d_ff to {math.ceil(self.d_ff / self.n_experts) * self.n_experts}."
+            )
+        if self.top_k > self.n_experts:
+            raise ValueError(
+                f"top_k is {self.top_k} and n_experts is {self.n_experts}. A token can't use more experts than there "
+                f"are. Set model.top_k to at most {self.n_experts}."
+            )
+        return self
+
+    @property
+    def head_width(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def expert_width(self) -> int:
+        return self.d_ff // self.n_experts
+
+
+class TokenizerSettings(Section):
+    file: str | None = Field(None, description="a SentencePiece model; null: train one on the run's own text")
+    vocab_size: int = Field(4096, ge=260, description="pieces to train, the 256 bytes and 4 control pieces included")
+    algorithm: Literal["bpe", "unigram"] = Field("bpe", description="bpe is also what llama.cpp carries exactly")
+    sample_bytes: int = Field(10_000_000, ge=1, description="text that the tokenizer is trained on, in bytes")
+
+
+class DataSettings(Section):
+    source: str = Field("embedded", description="a name in sources.SOURCES")
+    files: str | list[str] | None = Field(None, description="for source files: paths, globs or folders")
+    dataset: str | None = Field(None, description="for source hub: repository or local folder of a dataset")
+    name: str | None = Field(None, description="for source hub: the dataset's configuration (not its split)")
+    split: str = Field("train", description="for source hub: the split")
+    revision: str | None = Field(None, description="for source hub: branch, tag or commit")
+    text_field: str = Field("text", description="the field that holds the text, in .jsonl files and hub rows")
+    shuffle_window: int = Field(4096, ge=1, description="pieces of text shuffled together; 1: the source's order")
+    packing: bool = Field(True, description="fill every row with documents end to end; false: one padded piece a row")
+    validation_fraction: float = Field(0.02, gt=0, lt=1, description="share of the text held out, chosen by its hash")
+
+    @model_validator(mode="after")
+    def _source_has_what_it_needs(self) -> Self:
+        if self.source == "files" and not self.files:
+            raise ValueError('source is "files" and files is null. Set data.files to a path, a glob or a list of them.')
+        if self.source == "hub" and not self.dataset:
+            raise ValueError('source is "hub" and dataset is null. Set data.dataset, such as "Zyphra/Zyda-2".')
+        return self
+
+
+class OptimSettings(Section):
+    optimizer: str = Field("adamw", description="a name in optim.OPTIMIZERS")
+    lr: float = Field(1e-3, gt=0, description="the highest learning rate, reached when the warm-up ends")
+    min_lr: float = Field(1e-4, ge=0, description="the learning rate of the last step")
+    warmup_steps: int = Field(100, ge=0, description="steps from 0 to lr; may be longer than the run")
+    schedule: str = Field("cosine", description="a name in optim.SCHEDULES")
+    weight_decay: float = Field(0.1, ge=0, description="on matrices; never on norms and embeddings")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="of Adam, each in [0, 1)")
+    grad_clip: float | None = Field(1.0, gt=0, description="largest global gradient norm; null: no clipping")
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr is {self.min_lr} and lr is {self.lr}. Set optim.min_lr to at most optim.lr.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas is {list(self.betas)}. Set both of optim.betas to at least 0 and below 1.")
+        return self
+
+
+class BalanceSettings(Section):
+    loss: str | None = Field("switch", description="a name in loss.BALANCE; null: none")
+    alpha: float = Field(0.01, ge=0, description="weight of the balance loss, averaged over layers")
+
+
+class TrainSettings(Section):
+    run: str | None = Field(None, description="the run folder; null: runs/<settings file>-<time>")
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    batch_size: int = Field(8, ge=1, description="sequences a micro-step")
+    gradient_accumulation: int = Field(1, ge=1, description="micro-steps an optimizer step")
+    train_steps: int | None = Field(None, ge=1, description="optimizer steps; or set train_tokens")
+    train_tokens: int | None = Field(None, ge=1, description="tokens, rounded up to whole steps; or set train_steps")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; null: at the end only")
+    eval_tokens: int = Field(65_536, ge=1, description="held-out tokens of an evaluation, about")
+    log_steps: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    checkpoint_steps: int | None = Field(None, ge=1, description="steps between checkpoints; null: at the end only")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints to keep, besides the best")
+    sample_prompt: str | None = Field("", description="evaluations continue it with a sample; null: no sample")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.train_steps is None) == (self.train_tokens is None):
+            given = "neither is" if self.train_steps is None else "both are"
+            raise ValueError(f"{given} set of train_steps and train_tokens. Set exactly one; the other is null.")
+        return self
+
+
+class Hparams(Section):
+    """All settings of a run, as `hparams.json` holds them."""
+
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    tokenizer: TokenizerSettings = Field(default_factory=TokenizerSettings)
+    data: DataSettings = Field(default_factory=DataSettings)
+    optim: OptimSettings = Field(default_factory=OptimSettings)
+    balance: BalanceSettings = Field(default_factory=BalanceSettings)
+    train: TrainSettings
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions of one optimizer step, padding included."""
+        return self.train.batch_size * self.train.gradient_accumulation * self.model.max_length
+
+    @property
+    def total_steps(self) -> int:
+        if self.train.train_steps is not None:
+            return self.train.train_steps
+        assert self.train.train_tokens is not None
+        return math.ceil(self.train.train_tokens / self.tokens_per_step)
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise UserError(f"the settings name {', '.join(map(repr, twice))} twice. Keep one of each.")
+    return dict(pairs)
+
+
+def read_hparams(path: str | Path, changes: Sequence[str] = ()) -> Hparams:
+    """Return the settings in the JSON file at `path` with `changes` ("section.key=value") made to them.
+
+    Raises UserError naming every wrong setting: what it is, what is allowed, what to do.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+    except FileNotFoundError:
+        raise UserError(f"there is no settings file {path}. Give the path of one, such as hparams.json.") from None
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}). Give the path of a settings file.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}. Mend the file at that place.") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds a {type(data).__name__}. A settings file holds one JSON object of sections.")
+    for change in changes:
+        _apply(data, change)
+    return make_hparams(data, str(path))
+
+
+def make_hparams(data: dict[str, Any], origin: str = "the settings") -> Hparams:
+    """Return checked settings from plain data; raise UserError naming `origin` and every wrong setting."""
+    try:
+        return Hparams.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        lines = [f"  {_explain(problem)}" for problem in error.errors()]
+        count = f"{len(lines)} settings don't" if len(lines) > 1 else "a setting doesn't"
+        raise UserError("\n".join([f"{origin}: {count} fit.", *lines])) from None
+
+
+def _apply(data: dict[str, Any], change: str) -> None:
+    """Make one `section.key=value` change in place; the value is JSON, else a string."""
+    name, equals, text = change.partition("=")
+    section, dot, key = name.partition(".")
+    if not (equals and dot and key and section):
+        raise UserError(f"--set {change!r} has no section, key and value. Write --set section.key=value.")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    settings = data.setdefault(section, {})
+    if not isinstance(settings, dict):
+        raise UserError(f"section '{section}' is {settings!r}. It must be an object of settings.")
+    settings[key] = value
+    clears = {"train.train_steps": "train_tokens", "train.train_tokens": "train_steps"}
+    if name in clears and value is not None:
+        settings[clears[name]] = None
+
+
+def _explain(problem: Any) -> str:
+    """Return one line for a pydantic error: the setting, what was given, what is needed."""
+    location = [str(part) for part in problem["loc"]]
+    setting = ".".join(part for part in location if not part.startswith("list[") and part not in ("str", "constrained"))
+    if problem["type"] == "extra_forbidden":
+        sections = Hparams.model_fields
+        if len(location) == 1:
+            known = list(sections)
+        else:
+            owner = sections[location[0]].annotation
+            known = list(owner.model_fields) if owner is not None else []
+        hint = nearest(location[-1], known) or f" Known here: {', '.join(known)}."
+        return f"{setting}: there is no such setting.{hint}"
+    if problem["type"] == "value_error":
+        return f"{setting}: {problem['ctx']['error']}"
+    if problem["type"] == "missing":
+        return f"{setting}: it is missing. Add it."
+    need = problem["msg"].removeprefix("Input should be ")
+    return f"{setting} is {json.dumps(problem['input'])}. It must be {need}."

@@ -1,0 +1,69 @@
+"""What a run measures about itself: metrics.jsonl, expert load, memory, and the machine's matrix rate for MFU."""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moelet.moe import RouterStats
+
+METRICS_FILE = "metrics.jsonl"
+RATE_SIZE = {"cpu": 1024, "cuda": 8192}  # square products large enough to reach the device's own rate
+RATE_SECONDS = 0.3
+
+
+def append_metrics(run: Path, row: dict[str, Any]) -> None:
+    """Append one JSON object as one line; a crash can cut only the last line."""
+    with open(run / METRICS_FILE, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def cut_metrics(run: Path, step: int) -> None:
+    """Drop the lines after `step`, and a last line that a crash cut short, so that a resumed run writes them anew."""
+    path = run / METRICS_FILE
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    replacement = path.with_suffix(".jsonl.tmp")
+    replacement.write_text("".join(kept), encoding="utf-8")
+    os.replace(replacement, path)
+
+
+def expert_load(stats: Sequence[RouterStats]) -> list[list[float]]:
+    """Return for each layer every expert's share of the assignments, where 1 is the fair share."""
+    return [(s.assignments * (len(s.assignments) / s.assignments.sum().clamp(min=1))).tolist() for s in stats]
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Return the most memory used so far, in MB of 2^20 bytes: of the device, on a CPU of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB elsewhere
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s that square matrix products reach here, measured for RATE_SECONDS: what MFU is relative to."""
+    size = RATE_SIZE[device.type]
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    best, start = float("inf"), time.perf_counter()
+    while time.perf_counter() - start < RATE_SECONDS:
+        before = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - before)
+    return 2 * size**3 / best

@@ -1,0 +1,226 @@
+"""The network: a decoder-only transformer whose feed-forward layers are mixtures of experts.
+
+It returns hidden states and router statistics; the loss takes the tied table and never needs all logits at once.
+Parameter names follow Hugging Face's Mixture-of-Experts models, so that export is a table of names.
+
+Shapes: B batch, S sequence, T = B*S tokens, D model, R embedding rank, H heads, L keys, C head width, V vocabulary.
+
+The law of initialisation. Every matrix and table is normal with mean 0, and:
+
+    tensor                                std                          why
+    embed_tokens, embed_proj, lm_head     INIT_STD                     the initial loss is ln V: logits start near 0
+    embed_positions                       INIT_STD * EMBED_STD ratio   as strong as the token's own vector
+    q_proj, k_proj, v_proj, up, gate      1 / sqrt(d_model)            outputs keep the unit scale of the norm
+    o_proj, down_proj                     INIT_STD / sqrt(2*n_layers)  branches add little at first (GPT-2)
+    mlp.gate (router)                     INIT_STD                     near-uniform routing
+    norms                                 1
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moelet.attention import causal_attention
+from moelet.errors import UserError
+from moelet.experts import GATED
+from moelet.hparams import ModelSettings
+from moelet.moe import FeedForward, MoE, RouterStats
+
+INIT_STD = 0.02  # GPT-2's
+NORM_EPS = 1e-6  # as in the Hugging Face models we export to
+
+
+class Output(NamedTuple):
+    hidden: Tensor  # (B, S, D), after the final norm
+    router: list[RouterStats]  # one per MoE layer; empty for a dense model
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, so that a new token costs one step instead of a whole pass."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        self.max_length = settings.max_length
+        self.length = 0
+        self.valid: Tensor | None = None  # (B, max_length), where any token so far was padding
+        self._store: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def append(self, layer: int, k_BHSC: Tensor, v_BHSC: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new positions of `layer`; return its keys and values so far, (B, H, L, C) each."""
+        if layer not in self._store:
+            shape = (*k_BHSC.shape[:2], self.max_length, k_BHSC.shape[3])
+            self._store[layer] = (k_BHSC.new_zeros(shape), v_BHSC.new_zeros(shape))
+        end = self.length + k_BHSC.shape[2]
+        keys, values = self._store[layer]
+        keys[:, :, self.length : end] = k_BHSC
+        values[:, :, self.length : end] = v_BHSC
+        return keys[:, :, :end], values[:, :, :end]
+
+    def note_padding(self, valid_BS: Tensor | None, batch: int, n_new: int, device: torch.device) -> Tensor | None:
+        """Return which of all positions, the new ones included, are real tokens: (B, L), or None when all are."""
+        if self.valid is None and valid_BS is None:
+            return None
+        if self.valid is None:
+            self.valid = torch.ones(batch, self.max_length, dtype=torch.bool, device=device)
+        end = self.length + n_new
+        self.valid[:, self.length : end] = True if valid_BS is None else valid_BS
+        return self.valid[:, :end]
+
+
+class Embedding(nn.Module):
+    """Token and position vectors, (B, S) -> (B, S, D), and the output side of the same table and projection."""
+
+    def __init__(self, settings: ModelSettings, vocab_size: int) -> None:
+        super().__init__()
+        rank = settings.d_embed or settings.d_model
+        self.scale = settings.embed_scale
+        self.tokens = nn.Embedding(vocab_size, rank)
+        self.positions = nn.Embedding(settings.max_length, settings.d_model)
+        self.proj = nn.Linear(rank, settings.d_model, bias=False) if settings.d_embed else None
+
+    def forward(self, ids_BS: Tensor, positions_BS: Tensor) -> Tensor:
+        x_BSR = self.tokens(ids_BS)
+        x_BSD = x_BSR if self.proj is None else self.proj(x_BSR)
+        return x_BSD * self.scale + self.positions(positions_BS)
+
+    def rank(self, hidden_BSD: Tensor) -> Tensor:
+        """Return the final hidden states in the space of the token table, (B, S, R): the projection, transposed."""
+        return hidden_BSD if self.proj is None else F.linear(hidden_BSD, self.proj.weight.T)
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention without biases."""
+
+    def __init__(self, settings: ModelSettings, layer: int) -> None:
+        super().__init__()
+        width = settings.d_model
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+        self.layer, self.head_width = layer, settings.head_width
+        self.dropout, self.backend = settings.dropout, settings.attention
+
+    def _heads(self, x_BSD: Tensor) -> Tensor:
+        """(B, S, H*C) -> (B, H, S, C): split the width into heads first, then bring the heads forward."""
+        return x_BSD.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+
+    def forward(self, x_BSD: Tensor, valid_BL: Tensor | None, cache: KVCache | None) -> Tensor:
+        q_BHSC = self._heads(self.q_proj(x_BSD))
+        k_BHLC, v_BHLC = self._heads(self.k_proj(x_BSD)), self._heads(self.v_proj(x_BSD))
+        if cache is not None:
+            k_BHLC, v_BHLC = cache.append(self.layer, k_BHLC, v_BHLC)
+        dropout = self.dropout if self.training else 0.0
+        out_BHSC = causal_attention(q_BHSC, k_BHLC, v_BHLC, valid_BL, dropout, self.backend)
+        return self.o_proj(out_BHSC.transpose(1, 2).flatten(2))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, settings: ModelSettings, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(settings.d_model, eps=NORM_EPS)
+        self.self_attn = Attention(settings, layer)
+        self.post_attention_layernorm = nn.RMSNorm(settings.d_model, eps=NORM_EPS)
+        self.mlp: MoE | FeedForward = MoE(settings) if settings.n_experts > 1 else FeedForward(settings)
+        self.dropout = nn.Dropout(settings.dropout)
+
+    def forward(
+        self, x_BSD: Tensor, valid_BS: Tensor | None, valid_BL: Tensor | None, cache: KVCache | None
+    ) -> tuple[Tensor, RouterStats | None]:
+        x_BSD = x_BSD + self.dropout(self.self_attn(self.input_layernorm(x_BSD), valid_BL, cache))
+        normed_TD = self.post_attention_layernorm(x_BSD).flatten(0, 1)
+        y_TD, stats = self.mlp(normed_TD, None if valid_BS is None else valid_BS.flatten())
+        return x_BSD + self.dropout(y_TD.view_as(x_BSD)), stats
+
+
+class GPT(nn.Module):
+    """The whole network, for a tokenizer of `vocab_size` pieces.
+
+    Raises UserError when `settings.vocab_size` is set and too small for the tokenizer.
+    """
+
+    def __init__(self, settings: ModelSettings, vocab_size: int) -> None:
+        super().__init__()
+        if settings.vocab_size is not None and settings.vocab_size < vocab_size:
+            raise UserError(
+                f"model.vocab_size is {settings.vocab_size} and the tokenizer has {vocab_size} pieces. Every piece "
+                "needs a row. Set model.vocab_size to null, which takes the tokenizer's."
+            )
+        vocab_size = settings.vocab_size or vocab_size
+        self.settings, self.vocab_size = settings, vocab_size
+        self.embed = Embedding(settings, vocab_size)
+        self.dropout = nn.Dropout(settings.dropout)
+        self.layers = nn.ModuleList(DecoderLayer(settings, layer) for layer in range(settings.n_layers))
+        self.norm = nn.RMSNorm(settings.d_model, eps=NORM_EPS)
+        rank = settings.d_embed or settings.d_model
+        self.lm_head = None if settings.tie_embeddings else nn.Linear(rank, vocab_size, bias=False)
+        self.initialise()
+
+    @property
+    def table(self) -> Tensor:
+        """The output table (V, R): the input embedding itself when tied."""
+        return self.embed.tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, ids_BS: Tensor, valid_BS: Tensor | None = None, cache: KVCache | None = None) -> Output:
+        """Return the final hidden states and each layer's router statistics.
+
+        `valid_BS` marks real tokens (None: all are); padding is excluded from attention, positions and statistics.
+        With a cache, `ids_BS` are the tokens after those it holds. Raises ValueError past max_length.
+        """
+        batch, n_new = ids_BS.shape
+        start = 0 if cache is None else cache.length
+        if start + n_new > self.settings.max_length:
+            raise ValueError(f"{start + n_new} tokens don't fit the context of {self.settings.max_length}. Cut them.")
+        valid_BL = valid_BS if cache is None else cache.note_padding(valid_BS, batch, n_new, ids_BS.device)
+        if valid_BL is None:
+            positions_BS = torch.arange(start, start + n_new, device=ids_BS.device).expand(batch, n_new)
+        else:
+            positions_BS = (valid_BL.cumsum(1) - 1).clamp(min=0)[:, start:]
+        x_BSD = self.dropout(self.embed(ids_BS, positions_BS))
+        router = []
+        for layer in self.layers:
+            x_BSD, stats = layer(x_BSD, valid_BS, valid_BL, cache)
+            router += [] if stats is None else [stats]
+        if cache is not None:
+            cache.length += n_new
+        return Output(self.norm(x_BSD), router)
+
+    def features(self, hidden_BSD: Tensor) -> Tensor:
+        """Return what the output table is multiplied with: (B, S, R)."""
+        return self.embed.rank(hidden_BSD)
+
+    def logits(self, hidden_BSD: Tensor) -> Tensor:
+        """Return the logits (B, S, V), float32 or better; for a few positions, training uses `loss` instead."""
+        logits_BSV = F.linear(self.features(hidden_BSD), self.table)
+        return logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Set every parameter by the law at the top of this file, from torch's global generator."""
+        into_residual = INIT_STD / math.sqrt(2 * self.settings.n_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            elif name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
+                parameter.normal_(0.0, into_residual)
+            else:
+                parameter.normal_(0.0, INIT_STD)
+
+    def flops_per_token(self, length: int) -> int:
+        """Return the floating-point operations of training on one token in rows of `length`.
+
+        Matrix products of forward and backward (3x forward), causal attention at half of the full square, only the
+        experts that a token uses. Source: the usual 2 x parameters a product, as in PaLM's appendix B.
+        """
+        s = self.settings
+        rank = s.d_embed or s.d_model
+        matrices = 3 if s.activation in GATED else 2
+        used = s.top_k * s.expert_width if s.n_experts > 1 else s.d_ff
+        router = s.d_model * s.n_experts if s.n_experts > 1 else 0
+        layer = 4 * s.d_model**2 + length * s.d_model + matrices * s.d_model * used + router
+        projections = 2 * s.d_model * rank if s.d_embed else 0
+        return 3 * 2 * (s.n_layers * layer + projections + rank * self.vocab_size)

@@ -1,0 +1,126 @@
+"""The Mixture-of-Experts layer: which experts a token uses, and the layer around them.
+
+How the chosen experts are computed is `moelet.experts`'; what balance costs is `moelet.loss`'s. Statistics of the
+routing are returned, never stored.
+
+Shapes: T tokens, D model, E experts, F expert hidden, K chosen per token.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moelet.errors import pick
+from moelet.experts import GATED, hidden_activation, routed_ffn
+from moelet.hparams import ModelSettings
+
+
+class RouterStats(NamedTuple):
+    """What balancing needs of one layer, as sums over its real tokens, so that micro-batches and ranks add up."""
+
+    probability: Tensor  # (E,) sum of router probabilities, float32, differentiable
+    assignments: Tensor  # (E,) how many times each expert was chosen, float32
+    tokens: Tensor  # () how many tokens were routed, float32
+
+
+def add_stats(totals: list[RouterStats], new: list[RouterStats]) -> list[RouterStats]:
+    """Return the sums of two micro-batches' router statistics, detached; `totals` may be empty."""
+    new = [RouterStats(*(item.detach() for item in stats)) for stats in new]
+    if not totals:
+        return new
+    return [RouterStats(*(a + b for a, b in zip(*pair, strict=True))) for pair in zip(totals, new, strict=True)]
+
+
+def softmax_route(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose each token's experts.
+
+    Returns expert ids (T, K), best first, ties to the lowest id; their softmax weights (T, K), scaled to sum to 1
+    where `normalize`; and all probabilities (T, E). Source: Shazeer et al. 2017, eq. 3-5, without noise.
+    """
+    probability_TE = logits_TE.softmax(-1)
+    ids_TK = torch.sort(logits_TE.detach(), dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights_TK = probability_TE.gather(1, ids_TK)
+    if normalize:
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    return ids_TK, weights_TK, probability_TE
+
+
+ROUTERS: dict[str, Callable[[Tensor, int, bool], tuple[Tensor, Tensor, Tensor]]] = {"softmax": softmax_route}
+
+
+class Router(nn.Module):
+    """One score per expert; always computed in float32."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(settings.n_experts, settings.d_model))
+        self.top_k, self.normalize = settings.top_k, settings.normalize_top_k
+        self.route = pick(ROUTERS, settings.router, "model.router")
+
+    def forward(self, x_TD: Tensor, valid_T: Tensor | None) -> tuple[Tensor, Tensor, RouterStats]:
+        """Return expert ids (T, K), their weights (T, K) and the statistics of the tokens that aren't padding."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            wide = torch.promote_types(x_TD.dtype, torch.float32)
+            logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
+            ids_TK, weights_TK, probability_TE = self.route(logits_TE, self.top_k, self.normalize)
+            return ids_TK, weights_TK, _statistics(ids_TK, probability_TE, valid_T)
+
+
+def _statistics(ids_TK: Tensor, probability_TE: Tensor, valid_T: Tensor | None) -> RouterStats:
+    chosen_TE = torch.zeros_like(probability_TE).scatter_(1, ids_TK, 1.0)  # ids are distinct within a token
+    if valid_T is not None:
+        real_T1 = valid_T[:, None].to(probability_TE.dtype)
+        probability_TE, chosen_TE = probability_TE * real_T1, chosen_TE * real_T1
+        tokens = real_T1.sum()
+    else:
+        tokens = chosen_TE.new_tensor(float(chosen_TE.shape[0]))
+    return RouterStats(probability_TE.sum(0), chosen_TE.sum(0), tokens)
+
+
+class Experts(nn.Module):
+    """The matrices of all experts of a layer, stacked; each follows nn.Linear: (out, in)."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        shape = (settings.n_experts, settings.expert_width, settings.d_model)
+        self.up_proj = nn.Parameter(torch.empty(shape))
+        self.gate_proj = nn.Parameter(torch.empty(shape)) if settings.activation in GATED else None
+        self.down_proj = nn.Parameter(torch.empty(settings.n_experts, settings.d_model, settings.expert_width))
+        self.activation, self.backend = settings.activation, settings.experts
+
+    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        return routed_ffn(
+            x_TD, ids_TK, weights_TK, self.up_proj, self.gate_proj, self.down_proj, self.activation, self.backend
+        )
+
+
+class MoE(nn.Module):
+    """Router and experts in the place of a feed-forward layer. Padding is computed but never counted."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.gate = Router(settings)
+        self.experts = Experts(settings)
+
+    def forward(self, x_TD: Tensor, valid_T: Tensor | None) -> tuple[Tensor, RouterStats]:
+        ids_TK, weights_TK, stats = self.gate(x_TD, valid_T)
+        return self.experts(x_TD, ids_TK, weights_TK), stats
+
+
+class FeedForward(nn.Module):
+    """The dense layer that n_experts = 1 means."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(settings.d_model, settings.d_ff, bias=False)
+        gated = settings.activation in GATED
+        self.gate_proj = nn.Linear(settings.d_model, settings.d_ff, bias=False) if gated else None
+        self.down_proj = nn.Linear(settings.d_ff, settings.d_model, bias=False)
+        self.activation = settings.activation
+
+    def forward(self, x_TD: Tensor, valid_T: Tensor | None) -> tuple[Tensor, None]:
+        gate_TF = None if self.gate_proj is None else self.gate_proj(x_TD)
+        return self.down_proj(hidden_activation(self.up_proj(x_TD), gate_TF, self.activation)), None

@@ -1,0 +1,53 @@
+"""What turns gradients into new weights: parameter groups, optimizers, learning-rate schedules.
+
+A schedule is a pure function of the step, so that a resumed run needs no scheduler state.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from moelet.errors import pick
+from moelet.hparams import OptimSettings
+
+ADAM_EPS = 1e-8  # Kingma & Ba 2014
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Return two groups: matrices, which decay, and norms and embedding tables, which don't."""
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    decay, rest = [], []
+    for parameter in model.parameters():
+        (rest if parameter.ndim < 2 or parameter in embeddings else decay).append(parameter)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def adamw(model: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
+    """Return AdamW with its update in one fused kernel. Source: Loshchilov & Hutter 2017."""
+    groups = parameter_groups(model, settings.weight_decay)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=ADAM_EPS, fused=True)
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, OptimSettings], torch.optim.Optimizer]] = {"adamw": adamw}
+
+# each takes the progress from the end of the warm-up (0) to the last step (1) and returns the share of lr - min_lr
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),  # Loshchilov & Hutter 2016
+    "linear": lambda progress: 1 - progress,
+    "constant": lambda progress: 1.0,
+}
+
+
+def learning_rate(settings: OptimSettings, step: int, total_steps: int) -> float:
+    """Return the learning rate of optimizer step `step`, counted from 0, of `total_steps`.
+
+    Linear from 0 over the warm-up, so that step warmup_steps - 1 has lr; then the schedule, so that the last step has
+    min_lr. A warm-up longer than the run just never ends.
+    """
+    decay = pick(SCHEDULES, settings.schedule, "optim.schedule")
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    progress = (step + 1 - settings.warmup_steps) / (total_steps - settings.warmup_steps)
+    return settings.min_lr + (settings.lr - settings.min_lr) * decay(min(1.0, progress))

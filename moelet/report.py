@@ -1,0 +1,400 @@
+"""The report of a run: a loss curve fit to publish and one self-contained page.
+
+Reads `hparams.json` and `metrics.jsonl` of a run folder and nothing else, so it works on a run that is training, was
+interrupted or came from another machine, and needs no torch. What the page shows is untrusted (a model writes the
+samples): every text is escaped, and the page's content policy forbids scripts and anything from outside.
+"""
+
+import html
+import io
+import json
+import math
+import re
+import shlex
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moelet.errors import UserError
+from moelet.hparams import Hparams, read_hparams
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Blue and vermilion of Okabe and Ito's palette, told apart by every kind of colour vision. In the page each becomes a
+# CSS variable of this name, so that the charts follow the reader's light or dark theme.
+INK, MUTED, GRID, PAPER, TRAIN, VALID = "#1d2330", "#697386", "#dfe3ea", "#fffffe", "#0072b2", "#d55e00"
+COLORS = {"ink": INK, "muted": MUTED, "grid": GRID, "paper": PAPER, "train": TRAIN, "valid": VALID}
+LOAD_COLORS = ((0.0, 0.447, 0.698), (0.902, 0.451, 0.0))  # below and above the fair share; opacity says how far
+POINTS = 1500  # of a line: more than the pixels it crosses, few enough that a week's run makes a page of 1 MB
+Point = tuple[float, float]  # tokens, value
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run folder, read: at least one row, each with step and tokens."""
+
+    path: Path
+    hparams: Hparams
+    rows: list[dict[str, Any]]
+    tokens: float
+
+    def points(self, key: str) -> list[Point]:
+        """Return (tokens, value) wherever the value is finite."""
+        return [(row["tokens"], v) for row in self.rows if math.isfinite(v := _number(row.get(key)))]
+
+    def last(self, key: str) -> Any:
+        """Return the newest value that isn't null, NaN or infinite; None if there is none."""
+        values = (row.get(key) for row in reversed(self.rows))
+        return next((v for v in values if v is not None and (not isinstance(v, float) or math.isfinite(v))), None)
+
+    def median(self, key: str) -> float | None:
+        return statistics.median(values) if (values := [v for _, v in self.points(key)]) else None
+
+    @property
+    def shape(self) -> str:
+        model = self.hparams.model
+        experts = f"{model.n_experts} experts top-{model.top_k}" if model.n_experts > 1 else "dense"
+        layers = f"{model.n_layers} layer{'s' * (model.n_layers > 1)} × {model.d_model}"
+        return f"{layers}, {experts}, {_short(self.tokens)} tokens"
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the rows of the run's `metrics.jsonl`, without a last line that a crash cut short.
+
+    Raises UserError when there is no such file, or a line before the last is damaged.
+    """
+    path = Path(run) / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\0\n").split("\n")
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}). A run folder holds it. Give a run folder.") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            row = None
+        if isinstance(row, dict) and math.isfinite(_number(row.get("step")) + _number(row.get("tokens"))):
+            rows.append(row)
+        elif line.strip() and number < len(lines):
+            raise UserError(f"{path}, line {number} is damaged: it isn't JSON with step and tokens. Delete that line.")
+    return rows
+
+
+def smooth(values: Sequence[float], beta: float = 0.98) -> list[float]:
+    """Return the exponential moving average of `values`, without its bias towards 0 at the start.
+
+    Value t is the sum of beta^(t-i) x_i over i <= t, divided by the sum of the same weights. Values that aren't finite
+    are passed over; before the first finite one the average is NaN. Source: Kingma and Ba 2015, section 3.
+    """
+    assert 0 <= beta < 1, f"beta is {beta}"
+    average = weight = 0.0
+    averages = []
+    for value in values:
+        if math.isfinite(value):
+            average = beta * average + (1 - beta) * value
+            weight = beta * weight + (1 - beta)
+        averages.append(average / weight if weight else math.nan)
+    return averages
+
+
+def write_loss_curve(run: Path) -> Path:
+    """Draw the run's `loss_curve.png`, 1600 x 900 pixels; return its path. UserError if `run` isn't a run folder."""
+    path = Path(run) / "loss_curve.png"
+    _loss_figure(_read_run(run)).savefig(path, format="png", dpi=200, metadata={"Software": None})
+    return path
+
+
+def write_report(run: Path) -> Path:
+    """Write the run's `report.html`, one file that needs no network; return its path. UserError if it isn't a run."""
+    read = _read_run(run)
+    done, total = read.rows[-1]["step"], read.hparams.total_steps
+    status = "finished" if done >= total else "unfinished"
+    panels = "".join(_svg(figure, label) for figure, label in _panels(read))
+    body = (
+        _tiles(read),
+        _section("Loss", _svg(_loss_figure(read), "loss against tokens")),
+        _section("Training", f'<div class="panels">{panels}</div>'),
+        *(part(read) for part in (_load_section, _samples, _data_table, _settings)),
+    )
+    pill = f'<span class="pill {status}">{status}: step {done:,} of {total:,}</span>'
+    name, shape = html.escape(read.path.resolve().name), html.escape(read.shape)
+    page = PAGE.format(css=CSS, name=name, shape=shape, pill=pill, body="".join(body))
+    path = read.path / "report.html"
+    path.write_bytes(page.encode("utf-8", errors="replace"))  # a sample can hold half a surrogate pair
+    return path
+
+
+def _read_run(run: Path) -> _Run:
+    path = Path(run)
+    rows = read_metrics(path)
+    if not rows:
+        raise UserError(f"{path / 'metrics.jsonl'} has no logged step. A report needs one. Train first.")
+    return _Run(path, read_hparams(path / "hparams.json"), rows, rows[-1]["tokens"])
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def _short(value: float, _position: object = None) -> str:
+    """Return three digits and a unit: 1_234_567 is "1.23M"."""
+    rounded = float(f"{value:.3g}")
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(rounded) >= size:
+            return f"{rounded / size:g}{unit}"
+    return f"{rounded:g}"
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure  # not pyplot: no window, no global state; savefig picks Agg or SVG itself
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
+
+
+def _dress(axes: "Axes", right: float) -> None:
+    """Give `axes` the look of the house and an x axis from 0 to `right`."""
+    axes.set(xlim=(0, right or 1), facecolor="none", axisbelow=True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(MUTED)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.tick_params(colors=MUTED, length=0, labelsize=9.5, pad=5)
+    axes.set_xlabel("training tokens", color=MUTED)
+    axes.xaxis.set_major_formatter(_short)
+
+
+def _line(axes: "Axes", points: Sequence[Point], **style: Any) -> None:
+    """Draw a line through about POINTS of `points`, the last included; a single one is a dot."""
+    chosen = points[:: -(len(points) // POINTS + 1)][::-1]
+    axes.plot(*zip(*chosen, strict=True), solid_capstyle="round", **{"marker": "o" if len(points) == 1 else ""} | style)
+
+
+def _loss_figure(run: _Run) -> "Figure":
+    figure = _figure(8, 4.5)
+    axes = figure.add_subplot()
+    _dress(axes, run.tokens * 1.01)
+    axes.set_ylabel("loss (nats per token)", color=MUTED)
+    axes.set_title(run.shape, loc="left", color=INK, fontsize=13, fontweight="bold", pad=14)
+    train, valid = run.points("loss"), run.points("val_loss")
+    if not train:
+        axes.text(0.5, 0.5, "no finite loss was logged", transform=axes.transAxes, ha="center", color=MUTED)
+        return figure
+    # The average follows a trend with a lag of its window, 1 / (1 - beta) points. A 40th of the curve is a lag that
+    # the eye forgives; 50 points (beta 0.98) are enough to calm any noise; under 40 none.
+    window = min(max(len(train) / 40, 1), 50)
+    trend = list(zip((t for t, _ in train), smooth([v for _, v in train], 1 - 1 / window), strict=True))
+    if window > 1:
+        _line(axes, train, color=TRAIN, linewidth=0.9, alpha=0.3, label="training, each logged step")
+    _line(axes, trend, color=TRAIN, linewidth=2.2, label="training, smoothed" if window > 1 else "training")
+    if valid:
+        _line(axes, valid, color=VALID, linewidth=1.2, marker="o", markeredgecolor=PAPER, label="validation")
+    losses, ends = [v for _, v in train], [points[-1][1] for points in (trend, valid) if points]
+    low, high = min([*losses, *(v for _, v in valid)]), max(sorted(losses)[-1 - len(losses) // 20], *ends)
+    axes.set_ylim(low - 0.16 * (high - low or 1), high + 0.06 * (high - low or 1))
+    _annotate(axes, run, trend, valid)
+    axes.legend(frameon=False, loc="upper right", labelcolor=INK, fontsize=9.5, borderaxespad=0.2)
+    return figure
+
+
+def _annotate(axes: "Axes", run: _Run, trend: Sequence[Point], valid: Sequence[Point]) -> None:
+    """Write the last values at the curves' ends, where the loss began if that is cut off, and an axis in bits per byte.
+
+    Bits per byte are loss times a constant of the text, exact for the held-out text, the batches' median before.
+    """
+    from matplotlib.patheffects import withStroke
+
+    style: dict[str, Any] = {"textcoords": "offset points", "path_effects": [withStroke(linewidth=3, foreground=PAPER)]}
+    kind, key = ("validation", "val_loss") if run.points("val_bits_per_byte") else ("training", "loss")
+    bits_key = key.replace("loss", "bits_per_byte")
+    bits_at = dict(run.points(bits_key))
+    ratios = [bits_at[t] / v for t, v in run.points(key) if v > 0 and bits_at.get(t, 0) > 0]
+    ends = [("training", TRAIN, trend[-1])] + ([("validation", VALID, valid[-1])] if valid else [])
+    for name, color, (x, y) in ends:
+        bits = f"\n{run.last(bits_key):.3f} bits per byte" if ratios and name == kind else ""
+        side: Any = ("bottom", 9) if (y, name) == max((end[2][1], end[0]) for end in ends) else ("top", -9)
+        place: dict[str, Any] = {"ha": "right", "va": side[0], "fontsize": 10.5, "fontweight": "bold"}
+        axes.annotate(f"{name} {y:.3f}{bits}", (x, y), (0, side[1]), color=color, **place, **style)
+    if (first := run.points("loss")[0][1]) > (top := axes.get_ylim()[1]):
+        x = next(t for t, v in trend if v <= top)
+        place = {"xycoords": axes.get_xaxis_transform(), "va": "top", "fontsize": 9.5}
+        axes.annotate(f"starts at {first:.2f}", (x, 1), (9, -2), color=MUTED, **place, **style)
+    if ratios:
+        factor = statistics.median(ratios)
+        right = axes.secondary_yaxis("right", functions=(lambda y: y * factor, lambda y: y / factor))  # type: ignore
+        right.tick_params(colors=MUTED, length=0, labelsize=9.5, pad=5)
+        right.spines["right"].set_visible(False)
+        right.set_ylabel("bits per byte", color=MUTED, labelpad=8)
+
+
+def _panels(run: _Run) -> Iterable[tuple["Figure", str]]:
+    """Yield the small charts, each with its name: learning rate, gradient norm, throughput, balance loss."""
+    names = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per second"}
+    for key, name in (names | ({"balance_loss": "balance loss"} if run.last("expert_load") else {})).items():
+        if not (points := run.points(key)):
+            continue
+        clip = run.hparams.optim.grad_clip if key == "grad_norm" else None
+        figure = _figure(4.6, 2.7)
+        axes = figure.add_subplot()
+        _dress(axes, run.tokens * 1.01)
+        axes.set_title(name, loc="left", color=INK, fontsize=11.5, fontweight="bold")
+        _line(axes, points, color=TRAIN, linewidth=1.6)
+        axes.set_ylim(0, max(sorted(v for _, v in points)[-1 - len(points) // 50], clip or 0) * 1.15 or 1)
+        axes.yaxis.set_major_formatter(_short)
+        axes.locator_params(nbins=5)
+        if clip:
+            axes.axhline(clip, color=VALID, linewidth=1.2, linestyle="--")
+            axes.text(run.tokens, clip, f"clipped above {clip:g}", color=VALID, fontsize=9.5, ha="right", va="bottom")
+        yield figure, name
+
+
+def _load_figure(rows: Sequence[dict[str, Any]]) -> "Figure":
+    """Draw for each layer every expert's load over time as a band of colour, and its last load as a bar."""
+    import numpy as np
+
+    tokens, shape = [row["tokens"] for row in rows], [len(layer) for layer in rows[-1]["expert_load"]]
+    figure = _figure(9.6, 0.6 + len(shape) * min(0.5 + 0.14 * max(shape), 3))
+    grid = figure.subplots(len(shape), 2, squeeze=False, sharex="col", width_ratios=(3, 1.25))
+    widest = 1.2 * np.nanmax([2.0, *(_number(v) for layer in rows[-1]["expert_load"] for v in layer)])
+    for layer, (left, right) in enumerate(grid):
+        load_NE = np.array([[_number(v) for v in row["expert_load"][layer]] for row in rows])
+        last = np.nan_to_num(load_NE[-1])
+        when = np.linspace(0, tokens[-1], min(len(rows), 160))
+        with np.errstate(divide="ignore"):
+            doublings_EN = np.log2([np.interp(when, tokens, column) for column in load_NE.T])
+        image = np.empty((*doublings_EN.shape, 4))
+        image[..., :3] = np.where((doublings_EN < 0)[..., None], *LOAD_COLORS)
+        image[..., 3] = np.nan_to_num(np.abs(doublings_EN)).clip(0, 1)
+        left.imshow(image, aspect="auto", interpolation="nearest", extent=(0, tokens[-1] or 1, len(last) - 0.5, -0.5))
+        right.barh(range(len(last)), last, color=[LOAD_COLORS[int(v >= 1)] for v in last], height=0.72, alpha=0.85)
+        right.axvline(1, color=INK, linewidth=1.2, linestyle="--")
+        for axes, width in ((left, tokens[-1]), (right, widest)):
+            _dress(axes, width)
+            axes.grid(False)
+            axes.set(ylim=(len(last) - 0.5, -0.5), yticks=range(0, len(last), math.ceil(len(last) / 8)))
+            axes.xaxis.label.set_visible(layer == len(shape) - 1)
+        left.set_ylabel(f"layer {layer}", color=MUTED)
+        right.set_xlabel("last load (1 = fair share)")
+        for expert, value in enumerate(last if len(last) <= 16 else ()):
+            right.text(widest, expert, f"{value:.2f}", color=MUTED, fontsize=8.5, ha="right", va="center")
+    return figure
+
+
+def _svg(figure: "Figure", label: str) -> str:
+    """Return the figure as an inline SVG whose colours are the page's variables and whose text is text."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    figure.set_facecolor("none")
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):  # the salt makes ids repeatable
+        figure.savefig(buffer, format="svg", dpi=150, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = buffer.getvalue().partition("<svg")[2]
+    svg = re.sub(r' (xmlns(:\w+)?|width|height|version)="[^"]*"', "", svg, count=5)
+    for name, color in COLORS.items():
+        svg = svg.replace(color, f"var(--{name})")
+    return f'<figure><svg role="img" aria-label="{html.escape(label)}"{svg}</figure>'
+
+
+def _table(rows: Iterable[Sequence[object]]) -> str:
+    cells = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows)
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+
+
+def _section(title: str, body: str, note: str = "") -> str:
+    return f"<section><h2>{title}</h2>{f'<p>{note}</p>' if note else ''}{body}</section>"
+
+
+def _tiles(run: _Run) -> str:
+    """Return the headline numbers; one that isn't known is left out."""
+    keys = ("val_loss", "loss", "val_bits_per_byte", "gzip_bits_per_byte", "seconds")
+    loss, trained, bits, gzip, seconds = map(run.last, keys)
+    loads = [v for layer in run.last("expert_load") or [] for v in map(_number, layer) if math.isfinite(v)]
+    minutes, left = divmod(round(seconds or 0), 60)
+    time = f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {left:02} s"
+    tiles = [
+        ("validation loss", "{:.3f}", loss, f"nats per token; perplexity {_short(math.exp(min(loss or 0, 99)))}"),
+        ("training loss", "{:.3f}", trained if loss is None else None, "nats per token, last step; no evaluation yet"),
+        ("bits per byte", "{:.3f}", bits, "held out" + (f"; gzip -9 needs {gzip:.3f}" if gzip else "")),
+        ("tokens", "{}", _short(run.tokens), f"{run.rows[-1]['step']:,} steps"),
+        ("training time", "{}", None if seconds is None else time, "evaluation not counted"),
+        ("throughput", "{:,.0f}", run.median("tokens_per_second"), "tokens per second, median"),
+        ("MFU", "{:.1%}", run.median("mfu"), "of peak FLOP/s, median"),
+        ("memory", "{:,.0f} MB", max((v for _, v in run.points("memory_mb")), default=None), "peak"),
+        ("expert load", "{0[0]:.2f} to {0[1]:.2f}", (min(loads), max(loads)) if loads else None, "1 is a fair share"),
+    ]
+    known = ((name, form.format(value), note) for name, form, value, note in tiles if value is not None)
+    body = "".join(f"<div><span>{name}</span><b>{value}</b><span>{note}</span></div>" for name, value, note in known)
+    return f'<div class="tiles">{body}</div>'
+
+
+def _load_section(run: _Run) -> str:
+    shape = [len(layer) for layer in run.last("expert_load") or []]
+    rows = [row for row in run.rows if shape and [len(layer) for layer in row.get("expert_load") or []] == shape]
+    note = "Load over time, and the last. Clear: the fair share. Full blue: half or less. Full orange: double or more."
+    return _section("Experts", _svg(_load_figure(rows), "load of each expert in each layer"), note) if rows else ""
+
+
+def _samples(run: _Run) -> str:
+    items = []
+    for row in (row for row in run.rows if isinstance(row.get("sample"), str)):
+        loss = f"<br>validation loss {row['val_loss']:.3f}" if math.isfinite(_number(row.get("val_loss"))) else ""
+        head = f"<b>step {int(row['step']):,}</b><br>{_short(row['tokens'])} tokens{loss}"
+        items.append(f"<article><div>{head}</div><pre>{html.escape(row['sample'])}</pre></article>")
+    prompt = run.hparams.train.sample_prompt
+    note = f"Continuing <code>{html.escape(prompt)}</code>." if prompt else "Written from nothing, at each evaluation."
+    return _section("Samples", "".join(items), note) if items else ""
+
+
+def _data_table(run: _Run) -> str:
+    rows = [("documents read", "{:,}", run.last("documents"))]
+    rows += [(f"skipped: {reason}", "{:,}", count) for reason, count in (run.last("skipped") or {}).items()]
+    rows += [("padding", "{:.2%}", run.last("padding")), ("steps skipped", "{:,}", run.last("skipped_steps"))]
+    known = [(name, form.format(value)) for name, form, value in rows if value is not None]
+    return _section("Data", _table(known)) if known else ""
+
+
+def _settings(run: _Run) -> str:
+    """Return the command lines to go on with, and every setting by section."""
+    path = shlex.quote(str(run.path))
+    lines = (f'moelet generate {path} --prompt "Once"', f"moelet evaluate {path}", f"moelet train --resume {path}")
+    body = ""
+    for name, values in run.hparams.model_dump(mode="json").items():
+        fields = type(getattr(run.hparams, name)).model_fields
+        rows = [(k, json.dumps(v, ensure_ascii=False), fields[k].description or "") for k, v in values.items()]
+        body += f"<h3>{html.escape(name)}</h3>{_table(rows)}"
+    return _section("Go on", f"<pre>{html.escape(chr(10).join(lines))}</pre>") + _section("Settings", body)
+
+
+CSS = """
+:root{color-scheme:light dark;--ink:#1d2330;--muted:#5f697b;--grid:#dfe3ea;--paper:#fff;--back:#f4f6f9;--train:#0072b2;
+--valid:#c85600;--mono:.88rem/1.5 ui-monospace,Menlo,Consolas,monospace}
+@media(prefers-color-scheme:dark){:root{--ink:#e8ebf1;--muted:#98a2b5;--grid:#303848;--paper:#191f2a;--back:#10141c;
+--train:#56b4e9;--valid:#f0883e}}*{box-sizing:border-box}p,article div,.tiles span{color:var(--muted)}body{margin:0;
+background:var(--back);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
+main{max-width:1080px;margin:auto;padding:2.5rem 1.25rem 4rem}h1{font-size:2rem;margin:0;overflow-wrap:anywhere}
+h2{font-size:1.2rem;margin:0 0 .75rem}h3{font-size:.95rem;margin:1.4rem 0 .3rem;color:var(--train)}p{margin:0 0 .75rem}
+.pill{padding:.15rem .8rem;border:1px solid;border-radius:9rem;font-size:.85rem;color:var(--train)}
+.unfinished{color:var(--valid)}.tiles div,section{background:var(--paper);border:1px solid var(--grid);
+border-radius:14px;padding:1rem 1.2rem}section{padding:1.4rem;margin-top:1.25rem}.tiles,.panels{display:grid;gap:.8rem;
+grid-template-columns:repeat(auto-fit,minmax(220px,1fr))}.tiles{margin-top:1.75rem}.tiles b{font-size:1.6rem;
+white-space:nowrap}.tiles span{display:block;font-size:.83rem}
+.panels{grid-template-columns:repeat(auto-fit,minmax(min(100%,360px),1fr))}figure{margin:0;overflow-x:auto}
+svg{display:block;width:100%;height:auto}section>figure>svg{min-width:600px}svg text{font-family:inherit!important}
+article{display:grid;grid-template-columns:10rem 1fr;gap:.8rem;padding:.9rem 0;border-top:1px solid var(--grid)}
+article div{font-size:.85rem}pre{margin:0;padding:.8rem;background:var(--back);border-radius:8px;white-space:pre-wrap;
+overflow-wrap:anywhere;max-height:16rem;overflow-y:auto;unicode-bidi:isolate;font:var(--mono)}
+table{border-collapse:collapse;width:100%}td{padding:.35rem .8rem .35rem 0;border-top:1px solid var(--grid);
+vertical-align:top;font-size:.88rem}tr:first-child td{border:0}td:first-child{width:16rem}
+td:nth-child(2){font:var(--mono);overflow-wrap:anywhere}td:nth-child(3){color:var(--muted);width:50%}
+@media(max-width:640px){article{display:block}td:nth-child(3){display:none}td:first-child{width:50%}}
+"""
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<title>{name}: moelet run</title><style>{css}</style></head><body><main>
+<header><h1>{name}</h1><p>{shape}</p>{pill}</header>{body}</main></body></html>
+"""

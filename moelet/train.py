@@ -1,0 +1,301 @@
+"""Training: from settings to a run folder. One code path, whatever the machine.
+
+    start, resume   run folder, tokenizer, identity          train   the loop: step, log, evaluate, save, stop on request
+"""
+
+import hashlib
+import json
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from moelet import checkpoint
+from moelet.checkpoint import HPARAMS, TOKENIZER, load_run_settings, write_file
+from moelet.console import Progress, progress_line, table
+from moelet.data import START, Prefetch, Validation, read_validation, training_batches, training_texts
+from moelet.errors import UserError, pick
+from moelet.evaluate import Evaluation, evaluate
+from moelet.generate import Sampling, stream_text
+from moelet.hparams import Hparams, read_hparams
+from moelet.loss import BALANCE, bits_per_byte
+from moelet.metrics import METRICS_FILE, append_metrics, cut_metrics, matrix_rate, peak_memory_mb
+from moelet.optim import OPTIMIZERS, SCHEDULES
+from moelet.sources import SOURCES
+from moelet.step import StepReport, Training, build, restore, snapshot, train_step
+from moelet.tokenizer import Tokenizer
+
+SAMPLE_TOKENS = 200
+# what may change at resume: nothing that the weights depend on
+FREE_SETTINGS = {
+    "run", "device", "eval_steps", "eval_tokens", "log_steps", "checkpoint_steps", "keep_checkpoints", "sample_prompt"
+}  # fmt: skip
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and it is saved. Exit code 130 for Ctrl-C, 143 for SIGTERM."""
+
+    def __init__(self, number: int, message: str) -> None:
+        self.exit_code = 128 + number
+        super().__init__(message)
+
+
+def check_names(hparams: Hparams) -> None:
+    """Raise UserError for a name in the settings that no table holds, before any work."""
+    pick(SOURCES, hparams.data.source, "data.source")
+    pick(OPTIMIZERS, hparams.optim.optimizer, "optim.optimizer")
+    pick(SCHEDULES, hparams.optim.schedule, "optim.schedule")
+    if hparams.balance.loss is not None:
+        pick(BALANCE, hparams.balance.loss, "balance.loss")
+
+
+def make_tokenizer(hparams: Hparams) -> Tokenizer:
+    """Return the tokenizer of the settings: loaded, or trained on the run's own training text."""
+    settings = hparams.tokenizer
+    if settings.file is not None:
+        return Tokenizer.load(Path(settings.file))
+    texts = training_texts(hparams.data, hparams.train.seed)
+    return Tokenizer.train(texts, settings.vocab_size, settings.algorithm, settings.sample_bytes)
+
+
+def identity(hparams: Hparams, tokenizer: Tokenizer) -> dict[str, str]:
+    """Return the fingerprints that a checkpoint and the run resuming it must share."""
+    settings = hparams.model_dump(mode="json", exclude={"train": FREE_SETTINGS})
+    source = pick(SOURCES, hparams.data.source, "data.source").fingerprint(hparams.data)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return {"settings": digest, "tokenizer": tokenizer.fingerprint, "data": source}
+
+
+def start(hparams: Hparams, run: Path, progress: Progress) -> None:
+    """Train from the first step in folder `run`.
+
+    Raises UserError before any work when the settings don't fit or the folder holds a complete checkpoint.
+    """
+    check_names(hparams)
+    with checkpoint.lock(run):
+        if checkpoint.checkpoint_steps(run):
+            raise UserError(
+                f"{run} holds a run with checkpoints. A new run needs a folder of its own: give another --run, or go "
+                f"on with this one: python -m moelet train --resume {run}"
+            )
+        for leftover in (METRICS_FILE, TOKENIZER):
+            (run / leftover).unlink(missing_ok=True)
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        write_file(run / HPARAMS, hparams.to_json().encode())
+        tokenizer = make_tokenizer(hparams)
+        write_file(run / TOKENIZER, tokenizer.model_bytes)
+        training = build(hparams, tokenizer)
+        train(training, run, progress)
+
+
+def resume(run: Path, changes: Sequence[str], progress: Progress) -> None:
+    """Go on with the run in folder `run` from its newest checkpoint that verifies; from its start when it has none.
+
+    Raises UserError when `changes` or the files would make it another run.
+    """
+    if not (run / HPARAMS).is_file():
+        raise UserError(f"{run} is not a run folder: it holds no {HPARAMS}. Give the folder of a run to resume.")
+    if not checkpoint.checkpoint_steps(run):
+        progress.say(f"{run} has no complete checkpoint: starting over.")
+        return start(read_hparams(run / HPARAMS, changes), run, progress)
+    with checkpoint.lock(run):
+        saved_hparams, tokenizer = load_run_settings(run)
+        hparams = read_hparams(run / HPARAMS, changes)
+        check_names(hparams)
+        if hparams.tokenizer != saved_hparams.tokenizer and hparams.tokenizer.file is not None:
+            tokenizer = Tokenizer.load(Path(hparams.tokenizer.file))
+        step, passed = checkpoint.newest(run)
+        progress.say(*passed)
+        if step is None:
+            raise UserError(
+                f"no checkpoint of {run} verifies (see above). Nothing was changed. Restore one from a copy, or start "
+                "a new run in another folder."
+            )
+        saved = checkpoint.read(run, step)
+        refuse_another_run(run, saved.identity, identity(hparams, tokenizer), saved_hparams, hparams)
+        training = build(hparams, tokenizer)
+        restore(training, saved)
+        write_file(run / HPARAMS, hparams.to_json().encode())
+        cut_metrics(run, step)
+        progress.say(f"resumed at step {step} of {hparams.total_steps}")
+        train(training, run, progress)
+
+
+def refuse_another_run(
+    run: Path, saved: dict[str, str], now: dict[str, str], saved_hparams: Hparams, hparams: Hparams
+) -> None:
+    """Raise UserError when the fingerprints of the checkpoint and of what would go on from it differ."""
+    different = [name for name in saved if saved[name] != now.get(name)]
+    if not different:
+        return
+    old, new = saved_hparams.model_dump(mode="json"), hparams.model_dump(mode="json")
+    lines = [f"{name}: the run has {saved[name][:16]}, given is {str(now.get(name))[:16]}" for name in different]
+    lines += [
+        f"{section}.{key}: the run has {json.dumps(value)}, given is {json.dumps(new[section][key])}"
+        for section, settings in old.items()
+        for key, value in settings.items()
+        if value != new[section][key]
+    ]
+    raise UserError(
+        f"{run} can't go on as another run; these differ:\n  "
+        + "\n  ".join(lines)
+        + "\nNothing was changed. Resume with the run's own settings, tokenizer and data, or start a new run."
+    )
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list that the loop looks at; the second one acts at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(training: Training, run: Path, progress: Progress) -> None:
+    """Train to the last step. Raises Interrupted, with everything saved, when a signal asks for it."""
+    hparams = training.hparams
+    settings, total = hparams.train, hparams.total_steps
+    marks = identity(hparams, training.tokenizer)
+    validation = read_validation(
+        hparams.data, training.tokenizer, hparams.model.max_length, settings.batch_size, settings.eval_tokens,
+        "validation",
+    )  # fmt: skip
+    introduce(training, run, validation, progress)
+    rate = matrix_rate(training.device, training.dtype)
+    stream = training_batches(
+        hparams.data, training.tokenizer, hparams.model.max_length, settings.batch_size, settings.seed, training.cursor
+    )
+    saved_at, mark = training.step, (training.tokens, training.seconds)
+    with stop_signals() as received, Prefetch(stream) as batches, progress:
+        while training.step < total and not received:
+            began, before = time.perf_counter(), training.step
+            items = [next(batches) for _ in range(settings.gradient_accumulation)]
+            report = train_step(training, [batch for batch, _ in items])
+            training.cursor = items[-1][1]
+            training.seconds += time.perf_counter() - began
+            if training.step == before:
+                continue
+            evaluates = due(training.step, settings.eval_steps, total)
+            if evaluates or training.step == 1 or due(training.step, settings.log_steps, total):
+                row = metrics_row(training, report, mark, rate)
+                mark = (training.tokens, training.seconds)
+                result = assess(training, validation, row) if evaluates else None
+                append_metrics(run, row)
+                show(training, row, progress)
+                better = result is not None and (training.best is None or result.loss < training.best["val_loss"])
+                if result is not None and better:
+                    training.best = {"step": training.step, "val_loss": result.loss}
+            else:
+                better = False
+            if better or due(training.step, settings.checkpoint_steps, total):
+                save(training, run, marks)
+                saved_at = training.step
+        if received and training.step < total:
+            if saved_at != training.step or not checkpoint.checkpoint_steps(run):
+                save(training, run, marks)
+            raise Interrupted(
+                received[0],
+                f"interrupted and saved at step {training.step}. Go on with: python -m moelet train --resume {run}",
+            )
+
+
+def due(step: int, every: int | None, total: int) -> bool:
+    """Return whether something done every so many steps, and at the last one, is due after `step`."""
+    return step == total or (every is not None and step % every == 0)
+
+
+def save(training: Training, run: Path, marks: dict[str, str]) -> None:
+    checkpoint.save(run, snapshot(training, marks))
+    best = training.best
+    checkpoint.retain(run, training.hparams.train.keep_checkpoints, None if best is None else int(best["step"]))
+
+
+def metrics_row(training: Training, report: StepReport, since: tuple[int, float], rate: float) -> dict[str, Any]:
+    """Return the line of metrics.jsonl for the step just made; throughput is that since the last line."""
+    tokens, seconds = training.tokens - since[0], training.seconds - since[1]
+    speed = tokens / seconds
+    row = {
+        "step": training.step,
+        "tokens": training.tokens,
+        "seconds": training.seconds,
+        "loss": report.loss,
+        "bits_per_byte": bits_per_byte(report.loss * report.tokens, report.bytes),
+        "balance_loss": report.balance_loss,
+        "lr": report.lr,
+        "grad_norm": report.grad_norm,
+        "tokens_per_second": speed,
+        "mfu": training.model.flops_per_token(training.hparams.model.max_length) * speed / rate,
+        "expert_load": report.expert_load,
+        "memory_mb": peak_memory_mb(training.device),
+    }
+    if training.scaler is not None:
+        row |= {"loss_scale": training.scaler.get_scale(), "skipped_steps": training.skipped_steps}
+    return row
+
+
+def assess(training: Training, validation: Validation, row: dict[str, Any]) -> Evaluation:
+    """Evaluate and add the results to the metrics row: held-out loss, a sample, what became of the data."""
+    result = evaluate(training.model, validation, training.dtype)
+    cursor = training.cursor
+    skipped = {reason: count for reason, count in cursor["counts"].items() if reason != "documents"}
+    row |= {
+        "val_loss": result.loss,
+        "val_bits_per_byte": result.bits_per_byte,
+        "gzip_bits_per_byte": validation.gzip_bits_per_byte,
+        "documents": cursor["counts"].get("documents", 0),
+        "skipped": skipped,
+        "padding": cursor["padding"] / max(1, cursor["positions"]),
+    }
+    prompt = training.hparams.train.sample_prompt
+    if prompt is not None:
+        training.model.eval()
+        row["sample"] = prompt + "".join(
+            stream_text(training.model, training.tokenizer, prompt, SAMPLE_TOKENS, Sampling())
+        )
+        training.model.train()
+    return result
+
+
+def show(training: Training, row: dict[str, Any], progress: Progress) -> None:
+    """Show the progress line and, after an evaluation, its results."""
+    total = training.hparams.total_steps
+    left = training.seconds / training.step * (total - training.step)
+    evaluated = "val_loss" in row
+    progress.show(progress_line(row, total, left), lasting=evaluated)
+    if evaluated:
+        progress.say(
+            f"  held-out loss {row['val_loss']:.4f}, {row['val_bits_per_byte']:.3f} bits/byte "
+            f"(gzip -9: {row['gzip_bits_per_byte']:.3f})"
+        )
+
+
+def introduce(training: Training, run: Path, validation: Validation, progress: Progress) -> None:
+    """Say what is about to be trained, on what, where."""
+    model, hparams = training.model, training.hparams
+    count = sum(parameter.numel() for parameter in model.parameters())
+    settings = hparams.model
+    experts = f"{settings.n_experts} experts top-{settings.top_k}" if settings.n_experts > 1 else "dense"
+    rows = [
+        ("run", str(run)),
+        ("model", f"{settings.n_layers} layers x {settings.d_model}, {experts}, {count / 1e6:.1f}M parameters"),
+        ("text", f"{hparams.data.source}, vocabulary {training.tokenizer.vocab_size}"),
+        ("held out", f"{validation.n_tokens:,} tokens, {validation.n_bytes:,} bytes"),
+        ("length", f"{hparams.total_steps:,} steps of {hparams.tokens_per_step:,} tokens"),
+        ("machine", f"{training.device.type}, {str(training.dtype).removeprefix('torch.')}"),
+    ]
+    progress.say(*table("moelet", rows))
