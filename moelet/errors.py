@@ -22,6 +22,14 @@ class TemporaryError(RuntimeError):
     exit_code = 75
 
 
+class Interrupted(Exception):
+    """A signal asked the run to stop, and it is saved. Exit code 130 for Ctrl-C, 143 for SIGTERM."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        self.exit_code = 128 + signal_number
+        super().__init__(message)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the closest known name, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -47,6 +47,7 @@ class Skipped(NamedTuple):
 
 
 Items = Iterator[tuple[Document | Skipped, Cursor]]
+Parts = Iterator[tuple[Document | Skipped, int, int]]  # with the bytes, and the rows or parts, read of the file
 
 
 class Source(NamedTuple):
@@ -97,7 +98,7 @@ def _read_embedded(settings: DataSettings, seed: int, epoch: int, cursor: Cursor
     for k in range(cursor["next"] if cursor else 0, len(order)):
         name, text = found[order[k]]
         try:
-            item = _checked(text if isinstance(text, str) else text.read_text(encoding="utf-8-sig"), name)
+            item = _checked(text if isinstance(text, str) else text.read_bytes().decode("utf-8-sig"), name)
         except UnicodeDecodeError:
             item = Skipped("invalid UTF-8", name)
         except OSError:
@@ -124,8 +125,7 @@ def _find_files(settings: DataSettings) -> list[Path]:
     patterns = [settings.files] if isinstance(settings.files, str) else settings.files or []
     found: set[Path] = set()
     for pattern in patterns:
-        given = os.path.expanduser(pattern)
-        matches = [given] if os.path.exists(given) else glob.glob(given, recursive=True)
+        matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
         paths = [path for match in matches for path in _below(Path(match))]
         if not paths:
             raise UserError(
@@ -159,38 +159,34 @@ def _read_files(settings: DataSettings, seed: int, epoch: int, cursor: Cursor | 
     paths = _find_files(settings)
     paths = [paths[i] for i in _permuted(len(paths), seed, epoch)]
     if cursor is None:
-        _check_first_row(next((path for path in paths if path.suffix == ".jsonl"), None), settings.text_field)
+        for path in [path for path in paths if path.suffix == ".jsonl"][:1]:
+            _check_first_row(path, settings.text_field)
         cursor = {"file": 0, "offset": 0, "row": 0}
     for k in range(cursor["file"], len(paths)):
         offset, row = (cursor["offset"], cursor["row"]) if k == cursor["file"] else (0, 0)
         with _open(paths[k]) as file:
-            if paths[k].suffix == ".jsonl":
-                items = _read_rows(file, str(paths[k]), settings.text_field, offset, row)
-            else:
-                items = _read_parts(file, str(paths[k]), offset, row)
+            name, field, rows = str(paths[k]), settings.text_field, paths[k].suffix == ".jsonl"
+            items = _read_rows(file, name, field, offset, row) if rows else _read_parts(file, name, offset, row)
             for item, offset, row in items:
                 yield item, {"file": k, "offset": offset, "row": row}
 
 
-def _read_parts(file: BinaryIO, name: str, offset: int, row: int) -> Iterator[tuple[Document | Skipped, int, int]]:
+def _read_parts(file: BinaryIO, name: str, offset: int, row: int) -> Parts:
     """Yield the parts of a text file from `offset`, cut at line ends, each with the offset and number after it."""
     size = os.fstat(file.fileno()).st_size
     if row == 0 and not _is_utf8(file):
         yield Skipped("invalid UTF-8", name), size, 1
         return
-    while offset < size or row == 0:
+    ends = row > 0 and offset >= size
+    while not ends:
         file.seek(offset)
         data = file.read(PART)
-        starts, ends = offset == 0, offset + len(data) >= size
-        if not ends:
-            end = data.rfind(b"\n") + 1 or len(data)
-            while end < len(data) or data[end - 1] & 0x80:
-                break
-            data = data[:end]
-        offset, row = offset + len(data), row + 1
-        text = data.removeprefix(codecs.BOM_UTF8 if starts else b"").decode()
-        whole = starts and ends
-        yield (_checked(text, name) if whole else Document(text, name, starts, ends)), offset, row
+        starts, ends = offset == 0, len(data) < PART or offset + len(data) >= size
+        end = len(data) if ends else data.rfind(b"\n") + 1 or len(data)
+        text, used = codecs.utf_8_decode(data[:end], "strict", ends)  # leaves a character cut in two to the next part
+        offset, row = offset + used, row + 1
+        text = text.removeprefix("\ufeff") if starts else text
+        yield (_checked(text, name) if starts and ends else Document(text, name, starts, ends)), offset, row
 
 
 def _is_utf8(file: BinaryIO) -> bool:
@@ -205,9 +201,7 @@ def _is_utf8(file: BinaryIO) -> bool:
     return True
 
 
-def _read_rows(
-    file: BinaryIO, name: str, field: str, offset: int, row: int
-) -> Iterator[tuple[Document | Skipped, int, int]]:
+def _read_rows(file: BinaryIO, name: str, field: str, offset: int, row: int) -> Parts:
     """Yield the rows of a .jsonl file from `offset`, each with the offset and number after it."""
     file.seek(offset)
     while line := file.readline(LARGEST_ROW + 1):
@@ -236,10 +230,8 @@ def _parse(line: bytes, field: str, where: str) -> Document | Skipped:
     return _checked(record[field], where)
 
 
-def _check_first_row(path: Path | None, field: str) -> None:
-    """Raise UserError when the first row of the first .jsonl file has fields, but not the one that holds the text."""
-    if path is None:
-        return
+def _check_first_row(path: Path, field: str) -> None:
+    """Raise UserError when the first row of a .jsonl file has fields, but not the one that holds the text."""
     with _open(path) as file:
         line = file.readline(LARGEST_ROW)
     try:
@@ -301,7 +293,7 @@ def _is_no_false_alarm(record: logging.LogRecord) -> bool:
 @contextmanager
 def _hub_errors(settings: DataSettings) -> Iterator[None]:
     """Turn what `datasets` raises into UserError (the settings are wrong) or TemporaryError (no connection)."""
-    import httpx2
+    from huggingface_hub import errors  # its HTTPError is that of whichever HTTP client it uses
 
     given = f"data.dataset is {settings.dataset!r}, name {settings.name!r}, split {settings.split!r}"
     try:
@@ -309,9 +301,11 @@ def _hub_errors(settings: DataSettings) -> Iterator[None]:
     except UserError:
         raise
     except (ValueError, FileNotFoundError) as error:
-        setting = "split" if "split" in str(error).lower() else "name" if "onfig" in str(error) else "dataset"
-        raise UserError(f"{given}: {error} Set data.{setting}.") from error
-    except (OSError, httpx2.HTTPError) as error:
+        reason = " ".join(str(error).split())
+        blamed = {"Bad split": "split", "Unknown split": "split", "BuilderConfig": "name", "Config name": "name"}
+        setting = next((setting for words, setting in blamed.items() if reason.startswith(words)), "dataset")
+        raise UserError(f"{given}. That doesn't fit: {reason} Set data.{setting}.") from error
+    except (OSError, errors.HTTPError) as error:
         raise TemporaryError(f"{given} can't be reached now ({error}). Run the same command again.") from error
 
 

@@ -125,7 +125,7 @@ class Tokenizer:
         parts = [part for text in texts for part in text.split(SPACE)]
         try:
             encoded = iter(self._model.encode(parts, return_type="numpy"))
-        except RuntimeError:
+        except (RuntimeError, TypeError):
             for number, text in enumerate(texts):
                 _require_utf8(text, f"text {number}")
             raise
@@ -143,8 +143,8 @@ class Tokenizer:
         """Return `decode(ids)` for each row of ids, in parallel."""
         arrays = [np.asarray(row, dtype=np.int64) for row in rows]
         for ids in arrays:
-            if ids.size and not 0 <= (wrong := ids[np.argmax((ids < 0) | (ids >= self.vocab_size))]) < self.vocab_size:
-                raise UserError(f"id {wrong} is out of range. Ids are 0 to {self.vocab_size - 1}. Check them.")
+            if (outside := ids[(ids < 0) | (ids >= self.vocab_size)]).size:
+                raise UserError(f"id {outside[0]} is out of range. Ids are 0 to {self.vocab_size - 1}. Check them.")
         return list(self._model.decode([ids[ids > self.pad_id].tolist() for ids in arrays])) if arrays else []
 
     def __call__(self, texts: Sequence[str], max_length: int | None = None) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ from moelet import checkpoint
 from moelet.checkpoint import HPARAMS, TOKENIZER, load_run_settings, write_file
 from moelet.console import Progress, progress_line, table
 from moelet.data import START, Prefetch, Validation, read_validation, training_batches, training_texts
-from moelet.errors import UserError, pick
+from moelet.errors import Interrupted, UserError, pick
 from moelet.evaluate import Evaluation, evaluate
 from moelet.generate import Sampling, stream_text
 from moelet.hparams import Hparams, read_hparams
@@ -34,14 +34,6 @@ SAMPLE_TOKENS = 200
 FREE_SETTINGS = {
     "run", "device", "eval_steps", "eval_tokens", "log_steps", "checkpoint_steps", "keep_checkpoints", "sample_prompt"
 }  # fmt: skip
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop, and it is saved. Exit code 130 for Ctrl-C, 143 for SIGTERM."""
-
-    def __init__(self, number: int, message: str) -> None:
-        self.exit_code = 128 + number
-        super().__init__(message)
 
 
 def check_names(hparams: Hparams) -> None:

@@ -1,0 +1,237 @@
+"""The command line: one subcommand per verb, and how each kind of ending becomes an exit code.
+
+0 done; 1 bug; 2 the command line; 75 temporary, run it again; 78 files or settings that don't fit; 130 and 143
+interrupted and saved. Commands import what they need when they run, so that --help is quick.
+"""
+
+import errno
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from moelet.errors import Interrupted, TemporaryError, UserError
+
+app = typer.Typer(
+    help="Pretrain a small Mixture-of-Experts GPT on the hardware you have.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+tokenizer_app = typer.Typer(help="Train a SentencePiece tokenizer, or use one.", no_args_is_help=True)
+app.add_typer(tokenizer_app, name="tokenizer", epilog="Example: moelet tokenizer train book.txt --out book.model")
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `moelet train` wrote.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results here too.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting; may be repeated.")
+]
+
+
+@app.command(epilog="Example: moelet train hparams.json --run runs/first --set data.source=files data.files=book.txt")
+def train(
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The settings; default: hparams.json.")] = None,
+    run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="A new run's folder.")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", metavar="DIR", help="Go on with this run.")] = None,
+    changes: Changes = None,
+) -> None:
+    """Pretrain a model; writes a run folder with checkpoints, metrics, a loss curve and a report."""
+    if resume is not None and (file is not None or run is not None):
+        raise click.UsageError("--resume takes the settings from the run folder: leave out FILE and --run.")
+    from moelet import train as training
+    from moelet.allocator import keep_freed_memory
+    from moelet.console import Progress
+    from moelet.hparams import read_hparams
+
+    keep_freed_memory()
+    progress = Progress()
+    if resume is not None:
+        _train_and_report(resume, progress, lambda: training.resume(resume, changes or [], progress))
+        return
+    path = file or Path("hparams.json")
+    hparams = read_hparams(path, changes or [])
+    folder = run or Path(hparams.train.run or f"runs/{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    _train_and_report(folder, progress, lambda: training.start(hparams, folder, progress))
+
+
+def _train_and_report(run: Path, progress: Any, work: Any) -> None:
+    """Do `work`, and write the pictures of what there is to see, also when it was interrupted."""
+    from moelet.report import read_metrics, write_loss_curve, write_report
+
+    try:
+        work()
+    except Interrupted:
+        if read_metrics(run):
+            write_loss_curve(run)
+            write_report(run)
+        raise
+    write_loss_curve(run)
+    last = read_metrics(run)[-1]
+    if last.get("sample"):
+        progress.say("sample:", *(f"    {line}" for line in last["sample"].splitlines()[:16]))
+    progress.say(
+        f"done in {last['seconds']:.0f} s of training: {last['tokens']:,} tokens, held-out "
+        f"{last['val_bits_per_byte']:.3f} bits/byte (gzip -9 of the same bytes: {last['gzip_bits_per_byte']:.3f})",
+        f"see   {write_report(run)} and {run / 'loss_curve.png'}",
+        f'try   python -m moelet generate {run} --prompt "..."',
+    )
+
+
+@app.command(epilog='Example: moelet generate runs/first --prompt "def main(" --temperature 0.7 --top-k 40')
+def generate(
+    run: RunFolder,
+    prompt: Annotated[list[str], typer.Option("--prompt", metavar="TEXT", help="Several make a batch.")],
+    tokens: Annotated[int, typer.Option(min=1, help="The most new tokens.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest; default: all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that reach p; default: all.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Continue a text, streamed as it is made; stops at the end of the document."""
+    from moelet.checkpoint import load
+    from moelet.generate import Sampling, complete, stream_text
+
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    sampling.check()
+    model, tokenizer, _, _ = load(run)
+    if len(prompt) == 1:
+        print(prompt[0], end="", flush=True)
+        parts = []
+        for part in stream_text(model, tokenizer, prompt[0], tokens, sampling):
+            print(part, end="", flush=True)
+            parts.append(part)
+        print()
+        texts = ["".join(parts)]
+    else:
+        texts = complete(model, tokenizer, prompt, tokens, sampling)
+        for start, text in zip(prompt, texts, strict=True):
+            print(f"{start}{text}\n---")
+    _write_json(json_file, [{"prompt": start, "text": text} for start, text in zip(prompt, texts, strict=True)])
+
+
+@app.command(epilog="Example: moelet evaluate runs/first --data 'other/*.txt' --json result.json")
+def evaluate(
+    run: RunFolder,
+    data: Annotated[
+        str | None, typer.Option(metavar="SRC", help="`embedded`, or a path, glob or folder; default: held-out text.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="About how many tokens; default: all of SRC.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure loss, perplexity, bits per byte and expert load on held-out text, or on any other."""
+    from moelet import evaluate as evaluation
+    from moelet.checkpoint import load
+    from moelet.console import table
+    from moelet.data import read_validation
+    from moelet.hparams import make_hparams
+    from moelet.precision import choose_device, choose_dtype
+
+    hparams = load_settings_with_data(run, data, make_hparams)
+    device = choose_device(hparams.train.device)
+    model, tokenizer, _, step = load(run, device)
+    limit = tokens or (hparams.train.eval_tokens if data is None else None)
+    split = "validation" if data is None else "all"
+    text = read_validation(
+        hparams.data, tokenizer, hparams.model.max_length, hparams.train.batch_size, limit, split
+    )  # fmt: skip
+    result = evaluation.evaluate(model, text, choose_dtype(hparams.train.precision, device))
+    rows = [
+        ("loss", f"{result.loss:.4f} nats per token"),
+        ("perplexity", f"{result.perplexity:.2f}"),
+        ("bits per byte", f"{result.bits_per_byte:.4f} (gzip -9: {text.gzip_bits_per_byte:.4f})"),
+        ("text", f"{result.tokens:,} tokens, {result.bytes:,} bytes"),
+        *((f"experts {i}", " ".join(f"{load:.2f}" for load in layer)) for i, layer in enumerate(result.expert_load)),
+    ]
+    print("\n".join(table(f"{run} at step {step}", rows)))
+    _write_json(json_file, result._asdict())
+
+
+def load_settings_with_data(run: Path, data: str | None, make_hparams: Any) -> Any:
+    """Return a run's settings, reading from `data` instead where it is given."""
+    from moelet.checkpoint import load_run_settings
+
+    hparams, _ = load_run_settings(run)
+    if data is None:
+        return hparams
+    changed = hparams.model_dump(mode="json")
+    changed["data"] |= {"source": "embedded"} if data == "embedded" else {"source": "files", "files": data}
+    return make_hparams(changed, str(run))
+
+
+@tokenizer_app.command("train", epilog="Example: moelet tokenizer train 'texts/*.txt' --vocab-size 8192 --out my.model")
+def train_tokenizer(
+    files: Annotated[list[str], typer.Argument(metavar="FILES", help="Paths, globs or folders of text.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the model goes.")],
+    vocab_size: Annotated[int, typer.Option(min=260)] = 4096,
+    algorithm: Annotated[str, typer.Option(help="bpe or unigram.")] = "bpe",
+    text_field: Annotated[str, typer.Option(help="The field of .jsonl files that holds the text.")] = "text",
+) -> None:
+    """Train a tokenizer on text files."""
+    from moelet.data import START, one_epoch
+    from moelet.hparams import make_hparams
+    from moelet.tokenizer import Tokenizer
+
+    data = {"source": "files", "files": files, "text_field": text_field}
+    settings = make_hparams(
+        {"data": data, "tokenizer": {"vocab_size": vocab_size, "algorithm": algorithm}, "train": {"train_steps": 1}}
+    )
+    windows = one_epoch(settings.data, 0, "all", START)
+    texts = (piece.text for pieces, _ in windows for piece in pieces)
+    tokenizer = Tokenizer.train(texts, vocab_size, settings.tokenizer.algorithm, settings.tokenizer.sample_bytes)
+    tokenizer.save(out)
+    print(f"{out}: {tokenizer.vocab_size} pieces")
+
+
+@tokenizer_app.command("encode", epilog='Example: moelet tokenizer encode runs/first/tokenizer.model "some text"')
+def encode_text(
+    model: Annotated[Path, typer.Argument(metavar="MODEL")],
+    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="Default: standard input.")] = None,
+) -> None:
+    """Print the ids of a text."""
+    from moelet.tokenizer import Tokenizer
+
+    print(*Tokenizer.load(model).encode(sys.stdin.read() if text is None else text).tolist())
+
+
+@tokenizer_app.command("decode", epilog="Example: moelet tokenizer decode runs/first/tokenizer.model 17 4 99")
+def decode_ids(
+    model: Annotated[Path, typer.Argument(metavar="MODEL")],
+    ids: Annotated[list[int], typer.Argument(metavar="IDS")],
+) -> None:
+    """Print the text of ids."""
+    from moelet.tokenizer import Tokenizer
+
+    print(Tokenizer.load(model).decode(ids))
+
+
+def _write_json(path: Path | None, result: Any) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code. A bug is not caught here: its traceback is what helps."""
+    try:
+        result = app(args=None if arguments is None else list(arguments), prog_name="moelet", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (UserError, TemporaryError, Interrupted) as error:
+        print(f"moelet: {error}", file=sys.stderr)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        print("moelet: interrupted before there was anything to save.", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"moelet: the disk is full ({error}). Make room and run the same command again.", file=sys.stderr)
+        return TemporaryError.exit_code
