@@ -112,8 +112,8 @@ def save(run: Path, checkpoint: Checkpoint) -> None:
         free = shutil.disk_usage(run).free / 2**20
         last = checkpoint_steps(run)
         raise TemporaryError(
-            f"the checkpoint of step {checkpoint.step} can't be written to {target.parent} ({error.strerror}): it needs "
-            f"{size:.0f} MiB, {free:.0f} MiB are free. "
+            f"the checkpoint of step {checkpoint.step} can't be written to {target.parent} ({error.strerror}): "
+            f"it needs {size:.0f} MiB, {free:.0f} MiB are free. "
             + (f"The checkpoint of step {last[-1]} is untouched. " if last else "")
             + f"Make room and run: moelet train --resume {run}"
         ) from error
@@ -158,7 +158,7 @@ _PARTS = (MODEL, OPTIMIZER, STATE)
 
 def newest(run: Path) -> tuple[int | None, list[str]]:
     """Return the step of the newest checkpoint that verifies (None: there is none), and a line for each passed over."""
-    passed = []
+    passed: list[str] = []
     for step in reversed(checkpoint_steps(run)):
         wrong = fault(_folder(run, step))
         if wrong is None:

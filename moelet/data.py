@@ -55,7 +55,8 @@ class Batch(NamedTuple):
     valid: Tensor | None  # (B, S) bool, False on padding; None where there is none
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(None if item is None else item.to(device, non_blocking=True) for item in self))
+        valid = None if self.valid is None else self.valid.to(device, non_blocking=True)
+        return Batch(self.input_ids.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), valid)
 
 
 class Validation(NamedTuple):
@@ -157,9 +158,7 @@ def _describe(counts: dict[str, int]) -> str:
     return ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items())) or "no documents at all"
 
 
-def encoded(
-    windows: Iterator[tuple[list[Piece], Cursor]], tokenizer: Tokenizer
-) -> Iterator[tuple[np.ndarray, Cursor]]:
+def encoded(windows: Iterator[tuple[list[Piece], Cursor]], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, Cursor]]:
     """Yield the ids of each piece, BOS first and EOS where its document ends, with the cursor of its start."""
     for pieces, window in windows:
         for index in range(window["piece"], len(pieces)):
@@ -169,9 +168,7 @@ def encoded(
             yield ids, {**window, "piece": index, "token": 0}
 
 
-def packed(
-    stream: Iterator[tuple[np.ndarray, Cursor]], length: int, at: Cursor
-) -> Iterator[tuple[np.ndarray, Cursor]]:
+def packed(stream: Iterator[tuple[np.ndarray, Cursor]], length: int, at: Cursor) -> Iterator[tuple[np.ndarray, Cursor]]:
     """Yield full rows of `length` + 1 ids, documents end to end; a row starts with the last id of the one before it,
     so every id is predicted once. The last row of a finite stream is padded."""
     pending: deque[tuple[np.ndarray, Cursor, int]] = deque()  # ids, where their piece starts, their offset in it
@@ -194,9 +191,7 @@ def packed(
         yield np.pad(row, (0, length + 1 - total), constant_values=Tokenizer.pad_id), {**pending[-1][1], **counts}
 
 
-def padded(
-    stream: Iterator[tuple[np.ndarray, Cursor]], length: int, at: Cursor
-) -> Iterator[tuple[np.ndarray, Cursor]]:
+def padded(stream: Iterator[tuple[np.ndarray, Cursor]], length: int, at: Cursor) -> Iterator[tuple[np.ndarray, Cursor]]:
     """Yield rows of `length` + 1 ids that hold one piece each; a piece too long for a row goes on in the next."""
     positions, padding, skip = at["positions"], at["padding"], at["token"]
     for ids, cursor in stream:
@@ -253,7 +248,8 @@ def read_validation(
     """
     taken: list[tuple[np.ndarray, Cursor]] = []
     texts: list[str] = []
-    total, counts = 0, {}
+    total = 0
+    counts: dict[str, int] = {}
     for pieces, at in one_epoch(settings, 0, split, START):
         counts = at["counts"]
         for index, (ids, cursor) in enumerate(encoded(iter([(pieces, at)]), tokenizer)):

@@ -106,6 +106,11 @@ def _sum_choices(rows_ND: Tensor, slot_TK: Tensor) -> Tensor:
     return sum_TD
 
 
+def rows_per_expert(ids_N: Tensor, n_experts: int) -> list[int]:
+    """Return how many routed rows each expert has."""
+    return torch.bincount(ids_N, minlength=n_experts).tolist()
+
+
 def _grouped_products(rows_NI: Tensor, weights_EOI: Tensor, counts: Sequence[int]) -> Tensor:
     """Return each expert's rows times its matrix: (N, I) x E matrices (O, I) -> (N, O)."""
     groups = rows_NI.split(list(counts))
@@ -132,7 +137,7 @@ def grouped(
     slot_N = torch.empty_like(order_N)
     slot_N[order_N] = torch.arange(flat_N.shape[0], device=flat_N.device)
     token_N, slot_TK = order_N // top_k, slot_N.view_as(ids_TK)
-    counts = torch.bincount(flat_N, minlength=n_experts).tolist()
+    counts = rows_per_expert(flat_N, n_experts)
 
     rows_ND = _Dispatch.apply(x_TD, token_N, slot_TK)
     up_NF = _grouped_products(rows_ND, w_in_EFD, counts)

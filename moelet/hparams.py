@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from moelet.errors import UserError, nearest
 
 
+LONGEST_VALUE = 60  # characters of a wrong value that its message shows
+
+
 class Section(BaseModel):
     """What all sections share: unknown keys are errors, nothing is coerced, nothing changes later."""
 
@@ -125,7 +128,7 @@ class BalanceSettings(Section):
 
 class TrainSettings(Section):
     run: str | None = Field(None, description="the run folder; null: runs/<settings file>-<time>")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**63 - 1)
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     batch_size: int = Field(8, ge=1, description="sequences a micro-step")
     gradient_accumulation: int = Field(1, ge=1, description="micro-steps an optimizer step")
@@ -192,7 +195,9 @@ def read_hparams(path: str | Path, changes: Sequence[str] = ()) -> Hparams:
         raise UserError(f"there is no settings file {path}. Give the path of one, such as hparams.json.") from None
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}). Give the path of a settings file.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4300 digits
         raise UserError(f"{path} is not valid JSON: {error}. Mend the file at that place.") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} holds a {type(data).__name__}. A settings file holds one JSON object of sections.")
@@ -219,7 +224,7 @@ def _apply(data: dict[str, Any], change: str) -> None:
         raise UserError(f"--set {change!r} has no section, key and value. Write --set section.key=value.")
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         value = text
     settings = data.setdefault(section, {})
     if not isinstance(settings, dict):
@@ -246,6 +251,20 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "value_error":
         return f"{setting}: {problem['ctx']['error']}"
     if problem["type"] == "missing":
-        return f"{setting}: it is missing. Add it."
+        example = ' Such as "train": {"train_steps": 300}.' if setting == "train" else ""
+        return f"{setting}: it is missing. Add it.{example}"
+    if problem["type"] == "json_invalid":  # what json.dumps writes and a strict reader refuses: lone surrogates, depth
+        return f"{problem['msg'].partition(' at line')[0]}. Mend the value that holds it."
     need = problem["msg"].removeprefix("Input should be ")
-    return f"{setting} is {json.dumps(problem['input'])}. It must be {need}."
+    given = json.dumps(problem["input"])
+    given = given if len(given) <= LONGEST_VALUE else f"{given[:LONGEST_VALUE]}..."
+    return f"{setting} is {given}. It must be {need}. Change it{_or_default(location)}."
+
+
+def _or_default(location: list[str]) -> str:
+    """Return ", or leave it out for the default, 4" for a setting that has one."""
+    section = Hparams.model_fields[location[0]].annotation
+    if len(location) < 2 or section is None:
+        return ""
+    default = section.model_fields[location[1]].default
+    return f", or leave it out for the default, {json.dumps(default)}"

@@ -18,7 +18,8 @@ ADAM_EPS = 1e-8  # Kingma & Ba 2014
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Return two groups: matrices, which decay, and norms and embedding tables, which don't."""
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    decay, rest = [], []
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for parameter in model.parameters():
         (rest if parameter.ndim < 2 or parameter in embeddings else decay).append(parameter)
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]

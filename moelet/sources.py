@@ -1,8 +1,7 @@
 """Where text comes from: one generator a source, each one pass over its documents.
 
 Every source yields `(item, cursor)`: a Document, or why a row was Skipped, and where to go on after it. A cursor is
-plain JSON data; a source given one yields exactly the rest of that pass. The order of files depends on seed and epoch.
-Shuffling rows, tokenizing and splitting off the validation text are done by others.
+plain JSON data; a source given one yields exactly the rest of that pass. Seed and epoch permute files, not their rows.
 """
 
 import codecs
@@ -57,11 +56,6 @@ class Source(NamedTuple):
     fingerprint: Callable[[DataSettings], str]
 
 
-def _permuted(count: int, seed: int, epoch: int) -> list[int]:
-    order: list[int] = np.random.default_rng([seed, epoch]).permutation(count).tolist()
-    return order
-
-
 def _checked(text: Any, where: str) -> Document | Skipped:
     if not isinstance(text, str):
         return Skipped("not text", where)
@@ -72,9 +66,6 @@ def _checked(text: Any, where: str) -> Document | Skipped:
     except UnicodeEncodeError:
         return Skipped("lone surrogate", where)
     return Document(text, where)
-
-
-# embedded: the text that every Python brings along
 
 
 def _standard_library() -> dict[str, Path | str]:
@@ -94,7 +85,7 @@ def _standard_library() -> dict[str, Path | str]:
 
 def _read_embedded(settings: DataSettings, seed: int, epoch: int, cursor: Cursor | None) -> Items:
     found = list(_standard_library().items())
-    order = _permuted(len(found), seed, epoch)
+    order = np.random.default_rng([seed, epoch]).permutation(len(found))
     for k in range(cursor["next"] if cursor else 0, len(order)):
         name, text = found[order[k]]
         try:
@@ -107,17 +98,11 @@ def _read_embedded(settings: DataSettings, seed: int, epoch: int, cursor: Cursor
 
 
 def _fingerprint_embedded(settings: DataSettings) -> str:
+    """It reads the text as the source does; an unreadable file counts by that."""
     digest = hashlib.sha256()
-    for name, text in _standard_library().items():
-        try:
-            content = text.encode() if isinstance(text, str) else text.read_bytes()
-        except OSError:
-            content = b"unreadable"
-        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    for item, _ in _read_embedded(settings, 0, 0, None):
+        digest.update("\0".join(map(str, item)).encode() + b"\0")
     return digest.hexdigest()
-
-
-# files: .txt, .md, .py, .jsonl
 
 
 def _find_files(settings: DataSettings) -> list[Path]:
@@ -137,7 +122,7 @@ def _find_files(settings: DataSettings) -> list[Path]:
 
 
 def _below(path: Path) -> Iterator[Path]:
-    """Yield the file itself, or the text files of a folder; folders whose name starts with a dot are left out."""
+    """Yield the file itself, or the text files of a folder and its folders, those with a dot first left out."""
     if not path.is_dir():
         if path.suffix not in ENDINGS:
             raise UserError(f"{path} doesn't end in {', '.join(ENDINGS)}. Convert it, or take it out of data.files.")
@@ -157,10 +142,9 @@ def _open(path: Path) -> BinaryIO:
 def _read_files(settings: DataSettings, seed: int, epoch: int, cursor: Cursor | None) -> Items:
     """A cursor is the place in the permuted files, the bytes read of that file, and the rows or parts read of it."""
     paths = _find_files(settings)
-    paths = [paths[i] for i in _permuted(len(paths), seed, epoch)]
+    paths = [paths[i] for i in np.random.default_rng([seed, epoch]).permutation(len(paths))]
     if cursor is None:
-        for path in [path for path in paths if path.suffix == ".jsonl"][:1]:
-            _check_first_row(path, settings.text_field)
+        _check_first_row([path for path in paths if path.suffix == ".jsonl"][:1], settings.text_field)
         cursor = {"file": 0, "offset": 0, "row": 0}
     for k in range(cursor["file"], len(paths)):
         offset, row = (cursor["offset"], cursor["row"]) if k == cursor["file"] else (0, 0)
@@ -205,8 +189,7 @@ def _read_rows(file: BinaryIO, name: str, field: str, offset: int, row: int) -> 
     """Yield the rows of a .jsonl file from `offset`, each with the offset and number after it."""
     file.seek(offset)
     while line := file.readline(LARGEST_ROW + 1):
-        offset, row = offset + len(line), row + 1
-        where = f"{name}:{row}"
+        offset, row, where = offset + len(line), row + 1, f"{name}:{row + 1}"
         if len(line) <= LARGEST_ROW:
             yield _parse(line.removeprefix(codecs.BOM_UTF8) if row == 1 else line, field, where), offset, row
             continue
@@ -230,16 +213,13 @@ def _parse(line: bytes, field: str, where: str) -> Document | Skipped:
     return _checked(record[field], where)
 
 
-def _check_first_row(path: Path, field: str) -> None:
+def _check_first_row(paths: list[Path], field: str) -> None:
     """Raise UserError when the first row of a .jsonl file has fields, but not the one that holds the text."""
-    with _open(path) as file:
-        line = file.readline(LARGEST_ROW)
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return
-    if isinstance(record, dict) and field not in record:
-        raise _no_field(f"row 1 of {path}", field, list(record))
+    for path in paths:
+        with _open(path) as file:
+            line = file.readline(LARGEST_ROW).removeprefix(codecs.BOM_UTF8)
+        if _parse(line, field, "") == Skipped("no text field", "") and isinstance(record := json.loads(line), dict):
+            raise _no_field(f"row 1 of {path}", field, list(record))
 
 
 def _no_field(where: str, field: str, fields: list[str]) -> UserError:
@@ -256,9 +236,6 @@ def _fingerprint_files(settings: DataSettings) -> str:
             file.seek(max(0, size - SAMPLE))
             digest.update(file.read(SAMPLE))
     return digest.hexdigest()
-
-
-# hub: any Hugging Face dataset, or a local folder laid out like one, streamed
 
 
 def _read_hub(settings: DataSettings, seed: int, epoch: int, cursor: Cursor | None) -> Items:
@@ -293,8 +270,9 @@ def _is_no_false_alarm(record: logging.LogRecord) -> bool:
 @contextmanager
 def _hub_errors(settings: DataSettings) -> Iterator[None]:
     """Turn what `datasets` raises into UserError (the settings are wrong) or TemporaryError (no connection)."""
-    from huggingface_hub import errors  # its HTTPError is that of whichever HTTP client it uses
+    from huggingface_hub import errors
 
+    http_error: type[Exception] = getattr(errors, "HTTPError")  # noqa: B009  that of whichever HTTP client it uses
     given = f"data.dataset is {settings.dataset!r}, name {settings.name!r}, split {settings.split!r}"
     try:
         yield
@@ -302,10 +280,10 @@ def _hub_errors(settings: DataSettings) -> Iterator[None]:
         raise
     except (ValueError, FileNotFoundError) as error:
         reason = " ".join(str(error).split())
-        blamed = {"Bad split": "split", "Unknown split": "split", "BuilderConfig": "name", "Config name": "name"}
+        blamed = {"Bad split": "split", "BuilderConfig": "name", "Config name": "name"}
         setting = next((setting for words, setting in blamed.items() if reason.startswith(words)), "dataset")
         raise UserError(f"{given}. That doesn't fit: {reason} Set data.{setting}.") from error
-    except (OSError, errors.HTTPError) as error:
+    except (OSError, http_error) as error:
         raise TemporaryError(f"{given} can't be reached now ({error}). Run the same command again.") from error
 
 

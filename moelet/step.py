@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -92,7 +92,8 @@ def train_step(training: Training, micro_batches: list[Batch]) -> StepReport:
     n_tokens = max(1, len(targets))
 
     routing = _route_ahead(training, micro_batches) if len(micro_batches) > 1 and _balances(training) else []
-    nats, balance, totals = 0.0, None, []
+    nats, balance = 0.0, None
+    totals: list[RouterStats] = []
     for index, batch in enumerate(micro_batches):
         with _micro_step(training, index):
             output = model(batch.input_ids, batch.valid)
@@ -109,9 +110,7 @@ def train_step(training: Training, micro_batches: list[Batch]) -> StepReport:
     training.step += int(not skipped)
     training.tokens += len(targets)
     n_bytes = int(training.tokenizer.byte_lengths[targets.cpu().numpy()].sum())
-    return StepReport(
-        nats / n_tokens, len(targets), n_bytes, balance, grad_norm, lr, expert_load(totals), skipped
-    )
+    return StepReport(nats / n_tokens, len(targets), n_bytes, balance, grad_norm, lr, expert_load(totals), skipped)
 
 
 def _balances(training: Training) -> bool:
@@ -192,11 +191,10 @@ def _note_skip(training: Training, skipped: bool) -> None:
 
 def snapshot(training: Training, marks: dict[str, str]) -> Checkpoint:
     """Return everything that the rest of the run depends on."""
-    names = {parameter: name for name, parameter in training.model.named_parameters()}
     optimizer = {
-        f"{names[parameter]}:{key}": value
-        for parameter, values in training.optimizer.state.items()
-        for key, value in values.items()
+        f"{name}:{key}": value
+        for name, parameter in training.model.named_parameters()
+        for key, value in training.optimizer.state[parameter].items()
     }
     state = {name: getattr(training, name) for name in PROGRESS}
     state["scaler"] = None if training.scaler is None else training.scaler.state_dict()

@@ -1,6 +1,7 @@
 """Training: from settings to a run folder. One code path, whatever the machine.
 
-    start, resume   run folder, tokenizer, identity          train   the loop: step, log, evaluate, save, stop on request
+`start` and `resume` make the run folder, the tokenizer and the identity; `train` is the loop: step, log, evaluate,
+save, stop on request.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from typing import Any
 from moelet import checkpoint
 from moelet.checkpoint import HPARAMS, TOKENIZER, load_run_settings, write_file
 from moelet.console import Progress, progress_line, table
-from moelet.data import START, Prefetch, Validation, read_validation, training_batches, training_texts
+from moelet.data import Prefetch, Validation, read_validation, training_batches, training_texts
 from moelet.errors import Interrupted, UserError, pick
 from moelet.evaluate import Evaluation, evaluate
 from moelet.generate import Sampling, stream_text

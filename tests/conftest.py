@@ -1,0 +1,81 @@
+"""What several test files share: a small corpus, settings for a tiny run on it, a tokenizer for it."""
+
+import argparse
+import ast
+import copy
+import dataclasses
+import inspect
+import json
+import tarfile
+import textwrap
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moelet.data import training_texts
+from moelet.hparams import make_hparams
+from moelet.tokenizer import Tokenizer
+
+TinySettings = Callable[..., dict[str, Any]]
+
+TINY: dict[str, dict[str, Any]] = {
+    "model": {
+        "max_length": 32,
+        "d_model": 32,
+        "d_embed": 16,
+        "n_layers": 2,
+        "n_heads": 4,
+        "d_ff": 64,
+        "n_experts": 4,
+        "top_k": 2,
+        "dropout": 0.1,
+    },
+    "tokenizer": {"vocab_size": 400, "sample_bytes": 60_000},
+    "data": {"source": "files", "shuffle_window": 64, "validation_fraction": 0.05},
+    "optim": {"lr": 0.01, "min_lr": 0.001, "warmup_steps": 2},
+    "train": {
+        "device": "cpu",
+        "precision": "fp32",
+        "batch_size": 4,
+        "train_steps": 6,
+        "eval_tokens": 1000,
+        "log_steps": 1,
+        "sample_prompt": None,
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with about 400 KB of text: five .txt files and one .jsonl file of short rows."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for module in (argparse, ast, dataclasses, textwrap, typing):
+        (folder / f"{module.__name__}.txt").write_text(inspect.getsource(module), encoding="utf-8")
+    functions = [value for value in vars(tarfile.TarFile).values() if inspect.isfunction(value)]
+    rows = [json.dumps({"text": inspect.getsource(function)}) for function in functions]
+    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(corpus: Path) -> TinySettings:
+    """`tiny_settings(train={"seed": 1}, ...)` returns the tiny run's settings with those of each section changed."""
+
+    def make(**changes: dict[str, Any]) -> dict[str, Any]:
+        settings = copy.deepcopy(TINY)
+        settings["data"]["files"] = str(corpus)
+        for section, values in changes.items():
+            settings.setdefault(section, {}).update(values)
+        return settings
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_settings: TinySettings) -> Tokenizer:
+    """The tokenizer that the tiny run trains."""
+    hparams = make_hparams(tiny_settings())
+    return Tokenizer.train(training_texts(hparams.data, 0), hparams.tokenizer.vocab_size, sample_bytes=60_000)

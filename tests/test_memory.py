@@ -1,0 +1,93 @@
+"""Memory of a training step, counted on paper: every tensor alive, at the reference job's size, without computing."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moelet import experts
+from moelet.hparams import ModelSettings, OptimSettings
+from moelet.loss import linear_cross_entropy
+from moelet.modelling import GPT
+from moelet.optim import adamw
+
+GIB = 2**30
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations return and that are still alive; remembers the peak."""
+
+    def __init__(self, existing: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.live: dict[StorageWeakRef, int] = {}
+        self.peak = 0
+        for tensor in existing:
+            self._add(tensor)
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.live[StorageWeakRef(storage)] = storage.nbytes()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for item in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(item, Tensor):
+                self._add(item)
+        self.live = {reference: size for reference, size in self.live.items() if not reference.expired()}
+        self.peak = max(self.peak, sum(self.live.values()))
+        return result
+
+
+def full_logits(h_TR: Tensor, table_VR: Tensor, labels_T: Tensor) -> Tensor:
+    """The usual way: all T x V logits, then the cross-entropy in float32."""
+    return F.cross_entropy((h_TR @ table_VR.T).float(), labels_T, reduction="sum")
+
+
+def peak_of_steps(settings: ModelSettings, vocab_size: int, batch: int, dtype: torch.dtype, loss: Callable) -> int:
+    """Return the peak of two optimizer steps, so that the second has Adam's moments beside the activations."""
+    model = GPT(settings, vocab_size)
+    optimizer = adamw(model, OptimSettings())
+    ids = torch.zeros(batch, settings.max_length, dtype=torch.int64)
+    with LiveBytes(model.parameters()) as counted:
+        for _ in range(2):
+            with torch.autocast("cpu", dtype):
+                output = model(ids)
+                total = loss(model.features(output.hidden).flatten(0, 1), model.table, ids.flatten())
+                loss_value = total / ids.numel() + sum(stats.probability.sum() for stats in output.router)
+            loss_value.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            del output, total, loss_value
+    return counted.peak
+
+
+@pytest.fixture
+def even_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors have no values to count, so every expert gets its fair share."""
+    monkeypatch.setattr(
+        experts, "rows_per_expert", lambda ids_N, n_experts: [ids_N.shape[0] // n_experts] * n_experts
+    )
+
+
+def test_counting_fakes_equals_counting_real_tensors(even_load: None) -> None:
+    settings = ModelSettings(max_length=64, d_model=64, d_embed=32, n_layers=2, d_ff=128, n_heads=4)
+    real = peak_of_steps(settings, 500, 3, torch.bfloat16, linear_cross_entropy)
+    with FakeTensorMode():
+        assert peak_of_steps(settings, 500, 3, torch.bfloat16, linear_cross_entropy) == pytest.approx(real, rel=0.02)
+
+
+def test_the_reference_job_fits_a_t4(even_load: None) -> None:
+    """Batch 30 x 512 with a vocabulary of 100,000 in fp16: under 13 GB of the card's 16; with full logits it isn't."""
+    with FakeTensorMode():
+        chunked = peak_of_steps(ModelSettings(), 100_000, 30, torch.float16, linear_cross_entropy)
+        full = peak_of_steps(ModelSettings(), 100_000, 30, torch.float16, full_logits)
+    print(f"peak of a step at 30 x 512, V = 100,000: {chunked / GIB:.2f} GiB; with full logits {full / GIB:.2f} GiB")
+    assert chunked <= 13e9
+    assert full > 13e9
