@@ -4,6 +4,7 @@ A checkpoint is written into a temporary folder, every file synced, the manifest
 renamed into place. Nothing in it is code: safetensors and JSON.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -13,7 +14,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,9 +57,12 @@ def _folder(run: Path, step: int) -> Path:
 
 
 def checkpoint_steps(run: Path) -> list[int]:
-    """Return the steps of the complete checkpoints of a run, oldest first. Only names count, never times of files."""
-    names = [path.name for path in (run / "checkpoints").glob("step-*") if (path / MANIFEST).is_file()]
-    return sorted(int(name[5:]) for name in names if name[5:].isdigit())
+    """Return the steps of the checkpoints of a run, oldest first. Only names count, never times of files.
+
+    A folder has such a name only once it is complete; one that no longer is was damaged, and `fault` says so.
+    """
+    names = [path.name[5:] for path in (run / "checkpoints").glob("step-*") if path.is_dir()]
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
 
 def _sync_folder(folder: Path) -> None:
@@ -69,16 +73,41 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file and have it on the disk before returning."""
+def _write(path: Path, data: bytes) -> None:
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file: cut off at any point, the old one or the new one is there; on the disk before returning."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        _write(temporary, data)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint: cut off at any point, it is whole or no longer a checkpoint."""
+    aside = folder.with_name(f"{folder.name}.tmp-old")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sealed(manifest: dict[str, Any]) -> bytes:
+    """Return the file of a manifest, its own SHA-256 included."""
+    return json.dumps({**manifest, "sha256": _sha256(json.dumps(manifest).encode())}, indent=1).encode()
+
+
 def save(run: Path, checkpoint: Checkpoint) -> None:
-    """Write the checkpoint; either all of it is there afterwards, or none.
+    """Write the checkpoint; either all of it is there afterwards, or none. Those of later steps are removed: a run
+    comes to an earlier step again only where they didn't verify.
 
     Raises TemporaryError when the disk doesn't take it; what was there before is untouched.
     """
@@ -97,15 +126,19 @@ def save(run: Path, checkpoint: Checkpoint) -> None:
     }
     temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     try:
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process of the same number: 1 in a container
         temporary.mkdir(parents=True)
         for name, data in parts.items():
-            write_file(temporary / name, data)
-        write_file(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+            _write(temporary / name, data)
+        _write(temporary / MANIFEST, _sealed(manifest))
         _sync_folder(temporary)
-        if target.exists():  # the same step, saved by a run that was cut off before it noted so
-            shutil.rmtree(target)
+        if target.exists():  # the same step, passed over at the resume
+            _remove(target)
         os.rename(temporary, target)
         _sync_folder(target.parent)
+        for later in checkpoint_steps(run):
+            if later > checkpoint.step:
+                _remove(_folder(run, later))
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         size = sum(map(len, parts.values())) / 2**20
@@ -135,9 +168,15 @@ def _file_sha256(path: Path) -> str:
 def fault(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint folder, or None: every file there, of its size and SHA-256."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        raw = (folder / MANIFEST).read_bytes()
+        manifest = json.loads(raw)
         if manifest["format"] != FORMAT:
             return f"{MANIFEST} is of format {manifest['format']}, this version reads {FORMAT}"
+        digest = manifest.pop("sha256")
+        if _sealed(manifest) != raw:
+            return f"{MANIFEST} doesn't have the SHA-256 that it says, {digest}"
+        if folder.name != _folder(folder, manifest["step"]).name:
+            return f"{MANIFEST} is that of step {manifest['step']}"
         expected = {name: (manifest["files"][name]["bytes"], manifest["files"][name]["sha256"]) for name in _PARTS}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{MANIFEST} can't be read ({type(error).__name__}: {error})"
@@ -188,7 +227,8 @@ def retain(run: Path, keep: int, best: int | None) -> None:
     steps = checkpoint_steps(run)
     for step in steps[:-keep]:
         if step != best:
-            shutil.rmtree(_folder(run, step), ignore_errors=True)
+            with suppress(OSError):
+                _remove(_folder(run, step))
     for leftover in (run / "checkpoints").glob("step-*.tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -196,8 +236,16 @@ def retain(run: Path, keep: int, best: int | None) -> None:
 @contextmanager
 def lock(run: Path) -> Iterator[None]:
     """Hold the run folder for this process. Raises UserError when another one holds it; a dead one's lock is free."""
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / LOCK, "a+", encoding="utf-8") as file:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = open(run / LOCK, "a+", encoding="utf-8")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"the run folder {run} can't be written to ({error.strerror}). A run needs one. Give another with --run."
+        ) from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -233,6 +281,15 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Loaded:
     if step is None:
         why = "; ".join(passed) or "it has no complete checkpoint yet"
         raise UserError(f"{run} holds no model to load ({why}). Train it first: moelet train --resume {run}")
+    identity = json.loads((_folder(run, step) / MANIFEST).read_bytes())["identity"]
+    if identity["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(
+            f"{run / TOKENIZER} isn't the tokenizer that the model was trained with. Restore it from a copy."
+        )
     model = GPT(hparams.model, tokenizer.vocab_size)
-    model.load_state_dict(safetensors.torch.load_file(_folder(run, step) / MODEL))
+    try:
+        model.load_state_dict(safetensors.torch.load_file(_folder(run, step) / MODEL))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{run / HPARAMS} isn't that of the saved model ({reason}). Restore it from a copy.") from None
     return Loaded(model.to(device).eval(), tokenizer, hparams, step)

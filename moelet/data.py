@@ -1,10 +1,10 @@
 """From documents to batches: pieces, held-out split, shuffle window, rows, batches, prefetch.
 
-Every stage yields (item, cursor), and a cursor is plain data that says where the next item starts, so the stage can
-be rebuilt there: the window is read again from the source's own cursor, permuted again by (seed, epoch, window), and
-entered at a piece and a token. Nothing is buffered that a cursor would have to carry.
+A window is so many pieces of text, read, encoded and cut into rows as a whole; its rows are then drawn in an order
+that is a function of (seed, epoch, window). So a cursor is plain data: where the source stood at the window's start,
+and how many of the window's rows are used up. Nothing is buffered that a cursor would have to carry.
 
-    {"epoch", "window", "source": the source's cursor at the window's start, "piece", "token",
+    {"epoch", "window", "source": the source's cursor at the window's start, "row",
      "counts": what was read before this window, by reason, "positions", "padding": of all rows so far}
 """
 
@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import queue
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -28,15 +28,14 @@ from moelet.loss import IGNORE
 from moelet.sources import SOURCES, Cursor, Document, Skipped
 from moelet.tokenizer import Tokenizer
 
-PIECE_CHARS = 8192  # a long document is cut into pieces, about 4 rows of 512 tokens each: the unit of shuffling and
-# of the held-out split. Shorter ones would break more contexts, longer ones would shuffle a book less well.
+PIECE_CHARS = 8192  # a long document is cut into pieces, about 4 rows of 512 tokens each: the unit of the held-out
+# split. Shorter ones would break more contexts, longer ones would leave a small corpus with too few to choose from.
 PREFETCH_BATCHES = 4
 START: Cursor = {
     "epoch": 0,
     "window": 0,
     "source": None,
-    "piece": 0,
-    "token": 0,
+    "row": 0,
     "counts": {},
     "positions": 0,
     "padding": 0,
@@ -107,12 +106,12 @@ def one_epoch(settings: DataSettings, seed: int, split: str, at: Cursor) -> Iter
     source = pick(SOURCES, settings.source, "data.source")
     items = source.documents(settings, seed, at["epoch"], at["source"])
     while True:
-        counts = Counter(at["counts"])
+        counts: Counter[str] = Counter(at["counts"])
         pieces, after = _read_window(items, settings.shuffle_window, keep, counts)
         order = np.random.default_rng([seed, at["epoch"], at["window"]]).permutation(len(pieces))
         if pieces:
             yield [pieces[i] for i in order], at
-        fresh = {"piece": 0, "token": 0, "counts": dict(counts)}
+        fresh = {"row": 0, "counts": dict(counts)}
         if after is None:
             yield [], {**at, **fresh, "epoch": at["epoch"] + 1, "window": 0, "source": None}
             return
@@ -158,52 +157,45 @@ def _describe(counts: dict[str, int]) -> str:
     return ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items())) or "no documents at all"
 
 
-def encoded(windows: Iterator[tuple[list[Piece], Cursor]], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, Cursor]]:
-    """Yield the ids of each piece, BOS first and EOS where its document ends, with the cursor of its start."""
-    for pieces, window in windows:
-        for index in range(window["piece"], len(pieces)):
-            piece = pieces[index]
-            end = [tokenizer.eos_id] if piece.ends else []
-            ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode(piece.text), end]).astype(np.int32)
-            yield ids, {**window, "piece": index, "token": 0}
+def encoded(pieces: list[Piece], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Return the ids of each piece, BOS first, and EOS last where its document ends."""
+    bodies = tokenizer.encode_batch([piece.text for piece in pieces])
+    return [
+        np.array([tokenizer.bos_id, *ids, *([tokenizer.eos_id] if piece.ends else [])], dtype=np.int32)
+        for piece, ids in zip(pieces, bodies, strict=True)
+    ]
 
 
-def packed(stream: Iterator[tuple[np.ndarray, Cursor]], length: int, at: Cursor) -> Iterator[tuple[np.ndarray, Cursor]]:
-    """Yield full rows of `length` + 1 ids, documents end to end; a row starts with the last id of the one before it,
-    so every id is predicted once. The last row of a finite stream is padded."""
-    pending: deque[tuple[np.ndarray, Cursor, int]] = deque()  # ids, where their piece starts, their offset in it
-    total, positions, padding, skip = 0, at["positions"], at["padding"], at["token"]
-    for ids, cursor in stream:
-        pending.append((ids[skip:], cursor, skip))
-        total, skip = total + len(ids) - skip, 0
-        while total > length:
-            row = np.concatenate([part for part, _, _ in pending])[: length + 1]
-            left = length
-            while len(pending[0][0]) <= left:
-                left -= len(pending.popleft()[0])
-            part, cursor, offset = pending[0]
-            pending[0] = (part[left:], cursor, offset + left)
-            total, positions = total - length, positions + length
-            yield row, {**cursor, "token": offset + left, "positions": positions, "padding": padding}
-    if total > 1:
-        row = np.concatenate([part for part, _, _ in pending])
-        counts = {"positions": positions + length, "padding": padding + length + 1 - total}
-        yield np.pad(row, (0, length + 1 - total), constant_values=Tokenizer.pad_id), {**pending[-1][1], **counts}
+def packed(pieces: list[np.ndarray], length: int) -> np.ndarray:
+    """Return rows of `length` + 1 ids (n, length + 1) that hold the pieces end to end; the last one is padded.
+
+    A row starts with the last id of the one before it, so that every id but the first is predicted exactly once.
+    """
+    stream = np.concatenate(pieces)
+    n_rows = -(-(len(stream) - 1) // length)
+    stream = np.pad(stream, (0, n_rows * length + 1 - len(stream)), constant_values=Tokenizer.pad_id)
+    return stream[np.arange(n_rows)[:, None] * length + np.arange(length + 1)]
 
 
-def padded(stream: Iterator[tuple[np.ndarray, Cursor]], length: int, at: Cursor) -> Iterator[tuple[np.ndarray, Cursor]]:
-    """Yield rows of `length` + 1 ids that hold one piece each; a piece too long for a row goes on in the next."""
-    positions, padding, skip = at["positions"], at["padding"], at["token"]
-    for ids, cursor in stream:
-        for start in range(skip, len(ids) - 1, length):
-            row = ids[start : start + length + 1]
-            missing = length + 1 - len(row)
-            positions, padding = positions + length, padding + missing
-            more = start + length < len(ids) - 1
-            place = {"token": start + length} if more else {"piece": cursor["piece"] + 1, "token": 0}
-            counts = {"positions": positions, "padding": padding}
-            yield np.pad(row, (0, missing), constant_values=Tokenizer.pad_id), {**cursor, **place, **counts}
-        skip = 0
+def padded(pieces: list[np.ndarray], length: int) -> np.ndarray:
+    """Return rows of `length` + 1 ids that hold one piece each, padded; a piece too long goes on in the next row."""
+    return np.concatenate([packed([piece], length) for piece in pieces])
+
+
+def training_rows(
+    settings: DataSettings, tokenizer: Tokenizer, length: int, seed: int, at: Cursor
+) -> Iterator[tuple[np.ndarray, Cursor]]:
+    """Yield rows without end. Those of a window come in random order, so that a batch isn't one document."""
+    rows_of = packed if settings.packing else padded
+    positions, padding = at["positions"], at["padding"]
+    for pieces, window in epochs(settings, seed, at):
+        rows = rows_of(encoded(pieces, tokenizer), length)
+        order = np.random.default_rng([seed, window["epoch"], window["window"]]).permutation(len(rows))
+        for index in range(window["row"], len(rows)):
+            row = rows[order[index]]
+            positions += length
+            padding += int((row[:-1] == Tokenizer.pad_id).sum())
+            yield row, {**window, "row": index + 1, "positions": positions, "padding": padding}
 
 
 def collate(rows: list[np.ndarray]) -> Batch:
@@ -216,8 +208,9 @@ def collate(rows: list[np.ndarray]) -> Batch:
 
 
 def batches(rows: Iterator[tuple[np.ndarray, Cursor]], size: int) -> Iterator[tuple[Batch, Cursor]]:
-    """Yield batches of `size` rows (the last of a finite stream may be smaller), each with its last row's cursor."""
-    for group in iter(lambda: list(itertools.islice(rows, size)), []):
+    """Yield batches of `size` rows, each with its last row's cursor."""
+    while True:
+        group = list(itertools.islice(rows, size))
         yield collate([row for row, _ in group]), group[-1][1]
 
 
@@ -225,18 +218,17 @@ def training_batches(
     settings: DataSettings, tokenizer: Tokenizer, length: int, size: int, seed: int, at: Cursor
 ) -> Iterator[tuple[Batch, Cursor]]:
     """Yield batches without end, from cursor `at` on. Raises UserError when the data holds no text."""
-    rows = packed if settings.packing else padded
-    return batches(rows(encoded(epochs(settings, seed, at), tokenizer), length, at), size)
+    return batches(training_rows(settings, tokenizer, length, seed, at), size)
 
 
 def training_texts(settings: DataSettings, seed: int) -> Iterator[str]:
     """Yield the pieces of text of the first epoch's training split, in training order."""
     found = False
-    for pieces, at in one_epoch(settings, seed, "train", START):
+    for pieces, _ in one_epoch(settings, seed, "train", START):
         found = found or bool(pieces)
         yield from (piece.text for piece in pieces)
         if not pieces and not found:
-            next(epochs(settings, seed, at))  # raises the error that says what the source held instead
+            next(epochs(settings, seed, START))  # raises the error that says what the source held instead
 
 
 def read_validation(
@@ -246,28 +238,29 @@ def read_validation(
 
     Raises UserError when the split is empty.
     """
-    taken: list[tuple[np.ndarray, Cursor]] = []
-    texts: list[str] = []
-    total = 0
+    taken: list[Piece] = []
+    ids: list[np.ndarray] = []
     counts: dict[str, int] = {}
     for pieces, at in one_epoch(settings, 0, split, START):
         counts = at["counts"]
-        for index, (ids, cursor) in enumerate(encoded(iter([(pieces, at)]), tokenizer)):
-            if n_tokens is not None and total >= n_tokens:
-                break
-            taken.append((ids, cursor))
-            texts.append(pieces[index].text)
-            total += len(ids) - 1
+        for piece, piece_ids in zip(pieces, encoded(pieces, tokenizer), strict=True):
+            if n_tokens is None or sum(map(len, ids)) < n_tokens:
+                taken.append(piece)
+                ids.append(piece_ids)
+        if n_tokens is not None and sum(map(len, ids)) >= n_tokens:
+            break
     if not taken:
         raise UserError(
             f"no text is held out for validation ({_describe(counts)}; validation_fraction "
             f"{settings.validation_fraction}). An evaluation needs at least one piece of {PIECE_CHARS} characters. "
             "Raise data.validation_fraction, or add text."
         )
-    rows = (packed if settings.packing else padded)(iter(taken), length, START)
-    raw = "".join(texts).encode()
+    rows = (packed if settings.packing else padded)(ids, length)
+    groups = [collate(list(rows[start : start + size])) for start in range(0, len(rows), size)]
+    raw = "".join(piece.text for piece in taken).encode()
     gzip_bits = 8 * len(gzip.compress(raw, 9)) / max(1, len(raw))
-    return Validation([batch for batch, _ in batches(rows, size)], total, len(raw), gzip_bits)
+    n_predicted = sum(int((batch.labels != IGNORE).sum()) for batch in groups)
+    return Validation(groups, n_predicted, len(raw), gzip_bits)
 
 
 class Prefetch:
@@ -306,5 +299,6 @@ class Prefetch:
                 self._queue.put(item)
                 if self._stop.is_set():
                     return
+            self._queue.put(StopIteration())
         except BaseException as error:  # handed over, to be raised where the batch is missed
             self._queue.put(error)

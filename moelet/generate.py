@@ -38,7 +38,8 @@ def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) ->
     logits_BV[:, [Tokenizer.unk_id, Tokenizer.bos_id, Tokenizer.pad_id]] = float("-inf")
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV /= sampling.temperature
+    logits_BV -= logits_BV.amax(-1, keepdim=True)  # so that even the smallest temperature can't make infinities
+    logits_BV /= max(sampling.temperature, torch.finfo(logits_BV.dtype).tiny)
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[1]:
         smallest_B1 = logits_BV.topk(sampling.top_k).values[:, -1:]
         logits_BV[logits_BV < smallest_B1] = float("-inf")
@@ -73,7 +74,7 @@ def continuations(model: GPT, prompts: Sequence[Sequence[int]], n_new: int, samp
         # a lone PAD is that of a row that has ended: real enough, nobody reads its output
         padding = fresh_BS.shape[1] > 1 and not bool(valid_BS.all())
         output = model(fresh_BS, valid_BS if padding else None, cache)
-        next_B = choose(model.logits(output.hidden[:, -1:])[:, 0], sampling, generator)
+        next_B = choose(model.logits(output.hidden[:, -1:])[:, 0, : model.n_pieces], sampling, generator)
         next_B = next_B.where(~ended_B, Tokenizer.pad_id)
         ended_B |= next_B == Tokenizer.eos_id
         yield next_B.tolist()

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from moelet.errors import UserError, nearest
 
-
 LONGEST_VALUE = 60  # characters of a wrong value that its message shows
 
 
@@ -106,6 +105,7 @@ class OptimSettings(Section):
     optimizer: str = Field("adamw", description="a name in optim.OPTIMIZERS")
     lr: float = Field(1e-3, gt=0, description="the highest learning rate, reached when the warm-up ends")
     min_lr: float = Field(1e-4, ge=0, description="the learning rate of the last step")
+    embed_lr: float | None = Field(None, gt=0, description="lr of the embedding tables, same schedule; null: lr")
     warmup_steps: int = Field(100, ge=0, description="steps from 0 to lr; may be longer than the run")
     schedule: str = Field("cosine", description="a name in optim.SCHEDULES")
     weight_decay: float = Field(0.1, ge=0, description="on matrices; never on norms and embeddings")

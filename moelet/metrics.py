@@ -38,7 +38,10 @@ def cut_metrics(run: Path, step: int) -> None:
         if row["step"] <= step:
             kept.append(line + "\n")
     replacement = path.with_suffix(".jsonl.tmp")
-    replacement.write_text("".join(kept), encoding="utf-8")
+    with open(replacement, "w", encoding="utf-8") as file:
+        file.write("".join(kept))
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut could leave the new name without the lines
     os.replace(replacement, path)
 
 
@@ -60,7 +63,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     size = RATE_SIZE[device.type]
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     best, start = float("inf"), time.perf_counter()
-    while time.perf_counter() - start < RATE_SECONDS:
+    while best == float("inf") or time.perf_counter() - start < RATE_SECONDS:
         before = time.perf_counter()
         a @ b
         if device.type == "cuda":

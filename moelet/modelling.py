@@ -7,13 +7,12 @@ Shapes: B batch, S sequence, T = B*S tokens, D model, R embedding rank, H heads,
 
 The law of initialisation. Every matrix and table is normal with mean 0, and:
 
-    tensor                                std                          why
-    embed_tokens, embed_proj, lm_head     INIT_STD                     the initial loss is ln V: logits start near 0
-    embed_positions                       INIT_STD * EMBED_STD ratio   as strong as the token's own vector
-    q_proj, k_proj, v_proj, up, gate      1 / sqrt(d_model)            outputs keep the unit scale of the norm
-    o_proj, down_proj                     INIT_STD / sqrt(2*n_layers)  branches add little at first (GPT-2)
-    mlp.gate (router)                     INIT_STD                     near-uniform routing
-    norms                                 1
+    tensor                                 std                          why
+    embed.tokens, embed.positions, lm_head INIT_STD                     logits start near 0: the first loss is ln V
+    embed.proj, q, k, v, up and gate_proj  1 / sqrt(d_model)            outputs keep the unit scale of the norm
+    o_proj, down_proj                      INIT_STD / sqrt(2*n_layers)  branches add little at first (GPT-2)
+    mlp.gate, the router                   INIT_STD                     near-uniform routing
+    norms                                  1
 """
 
 import math
@@ -150,6 +149,7 @@ class GPT(nn.Module):
                 f"model.vocab_size is {settings.vocab_size} and the tokenizer has {vocab_size} pieces. Every piece "
                 "needs a row. Set model.vocab_size to null, which takes the tokenizer's."
             )
+        self.n_pieces = vocab_size  # ids from here on have a row and no text
         vocab_size = settings.vocab_size or vocab_size
         self.settings, self.vocab_size = settings, vocab_size
         self.embed = Embedding(settings, vocab_size)
@@ -207,6 +207,8 @@ class GPT(nn.Module):
                 parameter.fill_(1.0)
             elif name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
                 parameter.normal_(0.0, into_residual)
+            elif "_proj" in name or name == "embed.proj.weight":
+                parameter.normal_(0.0, self.settings.d_model**-0.5)
             else:
                 parameter.normal_(0.0, INIT_STD)
 

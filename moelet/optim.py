@@ -15,19 +15,25 @@ from moelet.hparams import OptimSettings
 ADAM_EPS = 1e-8  # Kingma & Ba 2014
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Return two groups: matrices, which decay, and norms and embedding tables, which don't."""
-    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    decay: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        (rest if parameter.ndim < 2 or parameter in embeddings else decay).append(parameter)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict[str, object]]:
+    """Return three groups: matrices, which decay; norms, which don't; embedding tables, which don't either.
+
+    `lr_scale` is what a group's learning rate is multiplied with at every step.
+    """
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    matrices = [p for p in model.parameters() if p.ndim >= 2 and not any(p is table for table in tables)]
+    norms = [p for p in model.parameters() if p.ndim < 2]
+    table_scale = 1.0 if settings.embed_lr is None else settings.embed_lr / settings.lr
+    return [
+        {"params": matrices, "weight_decay": settings.weight_decay, "lr_scale": 1.0},
+        {"params": norms, "weight_decay": 0.0, "lr_scale": 1.0},
+        {"params": tables, "weight_decay": 0.0, "lr_scale": table_scale},
+    ]
 
 
 def adamw(model: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
     """Return AdamW with its update in one fused kernel. Source: Loshchilov & Hutter 2017."""
-    groups = parameter_groups(model, settings.weight_decay)
+    groups = parameter_groups(model, settings)
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=ADAM_EPS, fused=True)
 
 

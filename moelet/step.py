@@ -85,7 +85,7 @@ def train_step(training: Training, micro_batches: list[Batch]) -> StepReport:
     model, hparams = training.model.train(), training.hparams
     lr = learning_rate(hparams.optim, training.step, hparams.total_steps)
     for group in training.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
     micro_batches = [batch.to(training.device) for batch in micro_batches]
     labels = torch.cat([batch.labels.flatten() for batch in micro_batches])
     targets = labels[labels != IGNORE]

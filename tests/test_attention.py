@@ -1,0 +1,171 @@
+"""Every way to compute attention equals the definition, and none of them sees the future or padding."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from moelet.attention import ATTENTION, causal_attention, causal_mask
+from moelet.errors import UserError
+
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest reference value
+# batch, heads, queries, keys, width, padding
+SHAPES = [
+    (1, 1, 1, 1, 1, None),
+    (2, 3, 7, 7, 4, None),
+    (2, 1, 9, 9, 8, None),
+    (2, 8, 5, 5, 2, "right"),
+    (3, 2, 6, 6, 4, "left"),
+    (2, 3, 4, 11, 4, None),
+    (3, 2, 4, 11, 4, "left"),
+    (2, 2, 4, 11, 4, "right"),
+    (3, 2, 1, 11, 4, "left"),
+    (2, 4, 1, 6, 3, None),
+    (2, 2, 65, 65, 16, None),
+    (2, 2, 65, 65, 16, "right"),
+]
+
+
+def padding_mask(kind: str | None, batch: int, n_keys: int) -> Tensor | None:
+    if kind is None:
+        return None
+    real = torch.tensor([max(1, n_keys - 2 * row) for row in range(batch)])[:, None]
+    place = torch.arange(n_keys)[None]
+    return place < real if kind == "right" else place >= n_keys - real
+
+
+def numbers(batch: int, heads: int, n_queries: int, n_keys: int, width: int) -> list[Tensor]:
+    """Return queries, keys, values and a gradient of the output, float64, exact in bfloat16."""
+    generator = torch.Generator().manual_seed(n_queries * 100 + n_keys)
+    shapes = [(batch, heads, n, width) for n in (n_queries, n_keys, n_keys, n_queries)]
+    return [torch.randn(shape, generator=generator).bfloat16().double() for shape in shapes]
+
+
+def plain_loops(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+    """Return the output by the definition, one query at a time."""
+    out = torch.zeros_like(q)
+    batch, heads, n_queries, width = q.shape
+    past = k.shape[2] - n_queries
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(n_queries):
+                seen = [j for j in range(i + past + 1) if valid is None or valid[b, j] or j == i + past]
+                scores = [math.exp(q[b, h, i].dot(k[b, h, j]).item() / math.sqrt(width)) for j in seen]
+                for score, j in zip(scores, seen, strict=True):
+                    out[b, h, i] += score / sum(scores) * v[b, h, j]
+    return out
+
+
+def run(backend: str, tensors: list[Tensor], valid: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+    """Return output and gradients of q, k, v as float64; bfloat16 means under autocast."""
+    wide = torch.float32 if dtype == torch.bfloat16 else dtype
+    q, k, v = (tensor.to(wide, copy=True).requires_grad_() for tensor in tensors[:3])
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        out = causal_attention(q, k, v, valid, backend=backend)
+    gradients = torch.autograd.grad(out, (q, k, v), tensors[3].to(out.dtype))
+    return [out.detach().double(), *(gradient.double() for gradient in gradients)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_explicit_equals_plain_loops(shape: tuple[int, int, int, int, int, str | None]) -> None:
+    *sizes, padding = shape
+    tensors, valid = numbers(*sizes), padding_mask(padding, sizes[0], sizes[3])
+    got = causal_attention(*tensors[:3], valid, backend="explicit")
+    torch.testing.assert_close(got, plain_loops(*tensors[:3], valid), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("backend", ATTENTION)
+def test_backends_equal_the_definition(
+    backend: str, dtype: torch.dtype, shape: tuple[int, int, int, int, int, str | None]
+) -> None:
+    *sizes, padding = shape
+    tensors, valid = numbers(*sizes), padding_mask(padding, sizes[0], sizes[3])
+    want = run("explicit", tensors, valid, torch.float64)
+    largest_gradient = max(value.abs().max().item() for value in want[1:])  # of one alone: q's is 0 for a single key
+    for name, got, value in zip("yqkv", run(backend, tensors, valid, dtype), want, strict=True):
+        error = (got - value).abs().max().item()
+        scale = value.abs().max().item() if name in "yv" else largest_gradient
+        assert error <= TOLERANCE[dtype] * scale, f"{name} is off by {error:.2e} of {scale:.2e}"
+
+
+@pytest.mark.parametrize("past", [0, 4])
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("backend", ATTENTION)
+def test_no_query_sees_the_future(backend: str, padding: str | None, past: int) -> None:
+    n_queries = 9
+    q, k, v, _ = numbers(2, 3, n_queries, n_queries + past, 4)
+    valid = padding_mask(padding, 2, n_queries + past)
+    before = causal_attention(q, k, v, valid, backend=backend)
+    for place in range(n_queries):
+        other_k, other_v = k.clone(), v.clone()
+        other_k[:, :, place + past] += 100.0
+        other_v[:, :, place + past] -= 100.0
+        after = causal_attention(q, other_k, other_v, valid, backend=backend)
+        assert torch.equal(after[:, :, :place], before[:, :, :place])
+        assert not torch.equal(after[:, :, place], before[:, :, place])
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("backend", ATTENTION)
+def test_padding_is_not_seen(backend: str, padding: str) -> None:
+    q, k, v, _ = numbers(3, 2, 9, 9, 4)
+    valid = padding_mask(padding, 3, 9)
+    assert valid is not None
+    hidden = ~valid[:, None, :, None]
+    before = causal_attention(q, k, v, valid, backend=backend)
+    after = causal_attention(q, k + 50.0 * hidden, v - 70.0 * hidden, valid, backend=backend)
+    real = valid[:, None, :, None].expand_as(before)
+    torch.testing.assert_close(after[real], before[real], rtol=1e-12, atol=1e-12)
+    assert before.isfinite().all()
+    assert not torch.allclose(causal_attention(q, k, v, None, backend=backend)[1:], before[1:])
+
+
+@pytest.mark.parametrize("backend", ATTENTION)
+def test_rows_of_a_batch_are_apart(backend: str) -> None:
+    q, k, v, _ = numbers(2, 2, 6, 6, 4)
+    before = causal_attention(q, k, v, backend=backend)
+    others = [tensor.clone() for tensor in (q, k, v)]
+    for tensor in others:
+        tensor[1] += 3.0
+    after = causal_attention(*others, backend=backend)
+    assert torch.equal(after[0], before[0]) and not torch.equal(after[1], before[1])
+
+
+def test_masks_by_hand() -> None:
+    def drawn(mask: Tensor) -> list[str]:
+        return ["".join("x" if seen else "." for seen in row) for row in mask.tolist()]
+
+    cpu = torch.device("cpu")
+    assert drawn(causal_mask(3, 3, None, cpu)) == ["x..", "xx.", "xxx"]
+    assert drawn(causal_mask(2, 4, None, cpu)) == ["xxx.", "xxxx"]
+    valid = torch.tensor([[True, True, False, False], [False, False, True, True]])
+    masks = causal_mask(4, 4, valid, cpu)
+    assert masks.shape == (2, 1, 4, 4)
+    assert drawn(masks[0, 0]) == ["x...", "xx..", "xxx.", "xx.x"]  # right padding sees itself, and nobody sees it
+    assert drawn(masks[1, 0]) == ["x...", ".x..", "..x.", "..xx"]  # so does left padding
+    assert drawn(causal_mask(2, 4, valid, cpu)[1, 0]) == ["..x.", "..xx"]
+
+
+@pytest.mark.parametrize("backend", ATTENTION)
+def test_dropout_keeps_the_mean_and_hides_the_future(backend: str) -> None:
+    torch.manual_seed(0)
+    size = 6
+    q, k, _, _ = (tensor.float() for tensor in numbers(1, 1, size, size, 4))
+    q, k = q.expand(4000, 1, size, 4), k.expand(4000, 1, size, 4)
+    identity = torch.eye(size).expand(4000, 1, size, size)  # as values it makes the output the weights themselves
+    weights = causal_attention(q, k, identity, None, 0.25, backend)
+    assert not weights.triu(1).any()
+    want = causal_attention(q[:1], k[:1], identity[:1], None, 0.0, backend)[0]
+    past = torch.ones(size, size).tril().bool()
+    assert 0.24 < (weights[:, 0, past] == 0).float().mean() < 0.26
+    torch.testing.assert_close(weights.mean(0), want, rtol=0, atol=0.05)
+    kept = (weights != 0).expand_as(weights)
+    torch.testing.assert_close(weights[kept], (want / 0.75).expand_as(weights)[kept], rtol=1e-4, atol=1e-5)
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(UserError, match=r"model\.attention is 'sdap'.*Did you mean 'sdpa'"):
+        causal_attention(*numbers(1, 1, 2, 2, 2)[:3], backend="sdap")

@@ -1,0 +1,204 @@
+"""What a run says about itself: metrics.jsonl survives a crash, loads are counted right, the progress line is whole."""
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from moelet import console, metrics
+from moelet.console import Progress, duration, progress_line, table
+from moelet.metrics import append_metrics, cut_metrics, expert_load, matrix_rate, peak_memory_mb
+from moelet.moe import RouterStats
+
+CPU = torch.device("cpu")
+
+
+def steps(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rows_are_appended_one_a_line_and_floats_come_back_exactly(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"step": 1, "loss": 0.1 + 0.2, "sample": "two\nlines\u2028 of é\U0001f600"},
+        {"step": 2, "loss": float("nan")},
+        {"step": 3, "loss": 5e-324},
+    ]
+    for row in rows:
+        append_metrics(tmp_path, row)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+    assert json.loads(lines[0]) == rows[0] and json.loads(lines[2]) == rows[2]
+    assert math.isnan(json.loads(lines[1])["loss"])
+
+
+@pytest.mark.parametrize("at", [0, 1, 5, 7, 10, 99])
+def test_cutting_drops_the_later_steps_and_only_those(tmp_path: Path, at: int) -> None:
+    for step in range(1, 11):
+        append_metrics(tmp_path, {"step": step, "sample": "\u2028é"})
+    before = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    cut_metrics(tmp_path, at)
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(before[:at])
+    append_metrics(tmp_path, {"step": at + 1})
+    assert steps(tmp_path) == [*range(1, min(at, 10) + 1), at + 1]
+
+
+def test_a_last_line_cut_anywhere_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics.os, "fsync", lambda handle: None)
+    rows = [json.dumps({"step": step, "loss": 1.5, "sample": "é"}) + "\n" for step in (1, 2, 3)]
+    whole = "".join(rows).encode()
+    for end in range(len(whole) + 1):
+        (tmp_path / "metrics.jsonl").write_bytes(whole[:end])
+        cut_metrics(tmp_path, 9)
+        complete = sum(end >= len("".join(rows[: k + 1])) - 1 for k in range(3))  # its newline may be missing
+        assert steps(tmp_path) == [1, 2, 3][:complete]
+        append_metrics(tmp_path, {"step": 4})
+        assert steps(tmp_path) == [*[1, 2, 3][:complete], 4]
+
+
+def test_cutting_without_a_file_makes_none(tmp_path: Path) -> None:
+    cut_metrics(tmp_path, 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_death_while_cutting_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    append_metrics(tmp_path, {"step": 1})
+    append_metrics(tmp_path, {"step": 2})
+
+    def die(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(metrics.os, name, die)
+            cut_metrics(tmp_path, 1)
+        assert steps(tmp_path) == [1, 2]
+    cut_metrics(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_expert_load_against_a_hand_count() -> None:
+    # three tokens, two experts each: expert 0 twice, expert 1 three times, expert 3 once; fair would be 1.5 each
+    uneven = RouterStats(torch.ones(4), torch.tensor([2.0, 3.0, 0.0, 1.0]), torch.tensor(3.0))
+    even = RouterStats(torch.ones(2), torch.tensor([5.0, 5.0]), torch.tensor(5.0))
+    none = RouterStats(torch.zeros(2), torch.zeros(2), torch.tensor(0.0))
+    load = expert_load([uneven, even, none])
+    assert load[0] == pytest.approx([4 / 3, 2.0, 0.0, 2 / 3])
+    assert load[1:] == [[1.0, 1.0], [0.0, 0.0]]
+    assert expert_load([]) == []
+    assert all(isinstance(share, float) for share in load[0])
+
+
+def test_peak_memory_is_that_of_this_process_in_mb() -> None:
+    before = peak_memory_mb(CPU)
+    assert 50 < before < 100_000
+    block = torch.ones(int(before + 100) * 2**20 // 4)
+    assert peak_memory_mb(CPU) >= before + 90
+    del block
+
+
+def test_the_matrix_rate_is_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(metrics.RATE_SIZE, "cpu", 256)
+    for seconds in (0.02, 0.0):  # 0: as after a process that was asleep in between
+        monkeypatch.setattr(metrics, "RATE_SECONDS", seconds)
+        assert 1e7 < matrix_rate(CPU, torch.float32) < 1e14
+
+
+# the progress line
+
+ROW = {
+    "step": 70,
+    "loss": 3.14159,
+    "bits_per_byte": 1.6180,
+    "lr": 2.5e-4,
+    "tokens_per_second": 12345.6,
+    "expert_load": [[0.5, 1.5], [0.25, 1.75]],
+    "memory_mb": 2048.4,
+}
+
+
+def test_the_progress_line_says_all_there_is_to_know() -> None:
+    line = progress_line(ROW, 200, 3725)
+    for part in (
+        "step 70/200",
+        "35%",
+        "loss 3.1416",
+        "1.618 bits/byte",
+        "lr 2.5e-04",
+        "12,346 tok/s",
+        "1:02:05 left",
+        "experts 0.25-1.75",
+        "2,048 MB",
+    ):
+        assert part in line
+    assert "\n" not in line and len(line) < 140
+
+
+def test_the_progress_line_of_a_dense_model_without_bytes() -> None:
+    line = progress_line({**ROW, "expert_load": [], "bits_per_byte": None}, 200, 0)
+    assert "experts" not in line and "bits" not in line and "0:00 left" in line
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (65, "1:05"), (3599.7, "1:00:00"), (90_061, "25:01:01")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_tables_are_aligned() -> None:
+    assert table("title", [("a", "1"), ("long", "2")]) == ["title", "  a     1", "  long  2"]
+
+
+def test_a_pipe_gets_plain_whole_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "PLAIN_SECONDS", 0.0)
+    out = io.StringIO()
+    line = progress_line(ROW, 200, 3725)
+    with Progress(Console(file=out, width=40, soft_wrap=True, highlight=False)) as progress:
+        progress.say("[bold]a message in brackets[/bold] :smile:")
+        progress.show(line, lasting=False)
+        progress.show("the last one", lasting=True)
+    assert out.getvalue().splitlines() == ["[bold]a message in brackets[/bold] :smile:", line, "the last one"]
+    assert "\x1b" not in out.getvalue() and "\r" not in out.getvalue()
+
+
+def test_a_pipe_gets_no_more_than_a_line_now_and_then_but_every_lasting_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    with Progress(Console(file=out, soft_wrap=True)) as progress:
+        for k in range(12):
+            now[0] += 1
+            progress.show(f"line {k}", lasting=k == 3)
+    assert out.getvalue().split("\n") == ["line 0", "line 3", "line 8", ""]
+
+
+def test_a_terminal_redraws_one_line_and_keeps_the_lasting_ones() -> None:
+    out = io.StringIO()
+    terminal = Console(file=out, force_terminal=True, width=60, highlight=False, _environ={"TERM": "xterm"})
+    with Progress(terminal) as progress:
+        progress.show("first " + "x" * 100, lasting=False)
+        progress.show("second", lasting=False)
+        progress.show("lasting", lasting=True)
+        progress.show("third", lasting=False)
+    text = out.getvalue()
+    assert all(word in text for word in ("first", "second", "lasting", "third"))
+    between = text[text.index("first") : text.index("second")]
+    assert "\x1b[2K" in between and "\n" not in between, "the line is erased and drawn again in its place"
+    assert "x" * 60 not in text, "cut to the width of the terminal"
+    assert "lasting\n" in text.replace("\r", "")
+    assert text.rindex("\x1b[2K") > text.index("third"), "nothing is left behind"
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h"), "the cursor is visible again"
+
+
+def test_a_terminal_is_as_it_was_after_an_error() -> None:
+    out = io.StringIO()
+    terminal = Console(file=out, force_terminal=True, width=60, _environ={"TERM": "xterm"})
+    with pytest.raises(RuntimeError), Progress(terminal) as progress:
+        progress.show("line", lasting=False)
+        raise RuntimeError
+    assert out.getvalue().endswith("\x1b[?25h") or out.getvalue().count("\x1b[?25h") == 1

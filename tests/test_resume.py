@@ -1,0 +1,407 @@
+"""A resumed run is the run it would have been: after kill -9, signals, damage, and in every mode, to the last bit.
+
+Processes come from a zygote: one process that has imported torch and run nothing, and forks for each command.
+"""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TinySettings
+
+from moelet import metrics, train
+from moelet.console import Progress
+from moelet.hparams import make_hparams
+from moelet.tokenizer import Tokenizer
+
+# what measures the machine and not the run
+MEASURED = {"seconds", "tokens_per_second", "mfu", "memory_mb"}
+RECIPE = Path(__file__).parent.parent / "recipes" / "cpu-tiny.json"
+
+ZYGOTE = """
+import json, os, sys
+import matplotlib.backends.backend_agg, matplotlib.figure
+import moelet.cli, moelet.evaluate, moelet.report, moelet.train
+from moelet import metrics
+metrics.RATE_SECONDS, metrics.RATE_SIZE["cpu"] = 0.0, 8
+os.fsync = lambda handle: None  # a killed process's writes are in the kernel already; power cuts are test_checkpoint's
+for line in sys.stdin:
+    order = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        os.setpgid(0, 0)
+        out = os.open(order["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(out, 1), os.dup2(out, 2), os.close(0)
+        try:
+            code = moelet.cli.main(order["arguments"])
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Zygote:
+    """Runs `moelet` commands, one at a time, each in a process of its own."""
+
+    def __init__(self, out: Path) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+        self.out = out
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", ZYGOTE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=Path(__file__).parent.parent,
+        )
+
+    def start(self, *arguments: object) -> int:
+        """Start a command; return the number of its process."""
+        self.out.write_text("")
+        order = {"arguments": [str(argument) for argument in arguments], "out": str(self.out)}
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return int(self._line())
+
+    def wait(self) -> int:
+        """Return the exit code of the command, or minus the signal that ended it."""
+        return int(self._line())
+
+    def said(self) -> str:
+        return self.out.read_text(encoding="utf-8")
+
+    def run(self, *arguments: object) -> None:
+        self.start(*arguments)
+        code = self.wait()
+        assert code == 0, self.said()
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+
+@pytest.fixture(scope="module")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    found = Zygote(tmp_path_factory.mktemp("zygote") / "out.txt")
+    yield found
+    found.process.kill()
+    found.process.wait()
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl, without what depends on the clock."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [{key: value for key, value in json.loads(line).items() if key not in MEASURED} for line in lines]
+
+
+def last_step(run: Path) -> int:
+    found = rows(run)
+    return found[-1]["step"] if found else 0
+
+
+def newest(run: Path) -> Path:
+    return max((run / "checkpoints").glob("step-????????"))
+
+
+def digests(run: Path) -> dict[str, str]:
+    names = ("model.safetensors", "optimizer.safetensors")
+    return {name: hashlib.sha256((newest(run) / name).read_bytes()).hexdigest() for name in names}
+
+
+def assert_same_run(run: Path, uninterrupted: Path) -> None:
+    found, expected = rows(run), rows(uninterrupted)
+    for one, other in zip(found, expected, strict=False):
+        assert one == other, f"step {one['step']}"
+    assert len(found) == len(expected)
+    assert newest(run).name == newest(uninterrupted).name
+    assert digests(run) == digests(uninterrupted)
+
+
+def wait_for_step(run: Path, step: int, pid: int) -> None:
+    limit = time.monotonic() + 60
+    while last_step(run) < step:
+        assert time.monotonic() < limit, f"step {step} never came"
+        if not Path(f"/proc/{pid}/stat").exists():
+            return
+        time.sleep(0.001)
+
+
+# 1. kill -9
+
+
+STEPS, EVERY = 60, 5
+
+
+def write_settings(path: Path, settings: dict[str, Any]) -> Path:
+    settings["train"] |= {"train_steps": STEPS, "train_tokens": None, "log_steps": 1, "checkpoint_steps": EVERY}
+    path.write_text(json.dumps(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(zygote: Zygote, tiny_settings: TinySettings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run of the tiny settings, whose settings file lies beside it."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    zygote.run("train", write_settings(folder / "settings.json", tiny_settings()), "--run", folder / "run")
+    assert [row["step"] for row in rows(folder / "run")] == list(range(1, STEPS + 1))
+    return folder / "run"
+
+
+def kill_and_resume(zygote: Zygote, settings: Path, run: Path, kills: Sequence[int], draw: random.Random) -> None:
+    """Train to the end, killed once at each of the steps `kills` or a little later."""
+    resumed_at = 0
+    for number, step in enumerate(kills):
+        pid = zygote.start("train", *(["--resume", run] if number else [settings, "--run", run]))
+        wait_for_step(run, step, pid)
+        time.sleep(draw.uniform(0, 0.02))
+        os.kill(pid, signal.SIGKILL)
+        assert zygote.wait() == -signal.SIGKILL, zygote.said()
+        reached = max(last_step(run), resumed_at)
+        resumed_at = max([0, *(int(path.name[5:]) for path in (run / "checkpoints").glob("step-????????"))])
+        assert reached - resumed_at <= EVERY, "more than a save interval is lost"
+    zygote.run("train", "--resume", run)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        None,
+        pytest.param(
+            RECIPE, marks=[pytest.mark.nightly, pytest.mark.skipif(not RECIPE.exists(), reason="no such recipe")]
+        ),
+    ],
+    ids=["tiny", "recipe"],
+)
+def test_killed_at_five_random_steps_the_run_ends_as_if_nothing_had_happened(
+    zygote: Zygote, uninterrupted: Path, tmp_path: Path, settings: Path | None
+) -> None:
+    draw = random.Random(1)
+    expected = uninterrupted
+    path = uninterrupted.parent / "settings.json"
+    if settings is not None:
+        path, expected = (
+            write_settings(tmp_path / "settings.json", json.loads(settings.read_text())),
+            tmp_path / "whole",
+        )
+        zygote.run("train", path, "--run", expected)
+    kill_and_resume(zygote, path, tmp_path / "run", sorted(draw.sample(range(1, STEPS - 10), 5)), draw)
+    assert_same_run(tmp_path / "run", expected)
+    left = {entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert all(".tmp" not in name for name in left), "what interrupted saves left must be swept up"
+
+
+def test_killed_before_the_first_step_it_starts_over(zygote: Zygote, uninterrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    pid = zygote.start("train", uninterrupted.parent / "settings.json", "--run", run)
+    while not (run / "hparams.json").exists():
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    assert zygote.wait() == -signal.SIGKILL
+    zygote.run("train", "--resume", run)
+    assert "starting over" in zygote.said()
+    assert_same_run(run, uninterrupted)
+
+
+# 3. signals
+
+
+@pytest.mark.parametrize(
+    ("number", "to_group"),
+    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, False), (signal.SIGINT, True)],
+    ids=["SIGTERM", "SIGTERM to the group", "SIGINT", "SIGINT to the group"],
+)
+def test_a_signal_saves_at_that_step_and_the_run_goes_on_as_if_without(
+    zygote: Zygote, uninterrupted: Path, tmp_path: Path, number: signal.Signals, to_group: bool
+) -> None:
+    run = tmp_path / "run"
+    pid = zygote.start("train", uninterrupted.parent / "settings.json", "--run", run)
+    wait_for_step(run, 17, pid)
+    (os.killpg if to_group else os.kill)(pid, number)
+    assert zygote.wait() == 128 + number, zygote.said()
+    step = last_step(run)
+    assert 17 <= step < STEPS
+    assert newest(run).name == f"step-{step:08}", "saved at the last step, whatever checkpoint_steps says"
+    said = zygote.said()
+    assert f"interrupted and saved at step {step}" in said
+    assert f"--resume {run}" in said
+    assert "Traceback" not in said
+    assert (run / "report.html").is_file() and (run / "loss_curve.png").is_file()
+    zygote.run("train", "--resume", run)
+    assert f"resumed at step {step} of {STEPS}" in zygote.said()
+    assert rows(run) == rows(uninterrupted)
+    assert digests(run) == digests(uninterrupted)
+
+
+def test_a_second_signal_ends_it_at_once(zygote: Zygote, uninterrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    pid = zygote.start("train", uninterrupted.parent / "settings.json", "--run", run)
+    wait_for_step(run, 7, pid)
+    os.kill(pid, signal.SIGSTOP)  # so that the second one is there before the step ends
+    os.kill(pid, signal.SIGTERM)
+    os.kill(pid, signal.SIGINT)
+    os.kill(pid, signal.SIGCONT)
+    began = time.monotonic()
+    assert zygote.wait() in (-signal.SIGINT, -signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT)
+    assert time.monotonic() - began < 10
+    zygote.run("train", "--resume", run)
+    assert_same_run(run, uninterrupted)
+
+
+# 2. every mode, inside this process
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "RATE_SECONDS", 0.0)
+    monkeypatch.setitem(metrics.RATE_SIZE, "cpu", 8)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+def train_until(monkeypatch: pytest.MonkeyPatch, run: Path, settings: dict[str, Any] | None, step: int | None) -> None:
+    """Start a run (or resume it: settings None) and let it die when `step` steps are made; None: not at all."""
+    real = train.train_step
+
+    def dying(training: Any, batches: Any) -> Any:
+        if training.step == step:
+            raise Killed
+        return real(training, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", dying)
+        try:
+            if settings is None:
+                train.resume(run, [], Progress())
+            else:
+                train.start(make_hparams(settings), run, Progress())
+        except Killed:
+            return
+    assert step is None, f"step {step} never came"
+
+
+@pytest.fixture
+def saved_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    tokenizer.save(tmp_path / "given.model")
+    return tmp_path / "given.model"
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+def test_cut_three_times_in_a_row_every_mode_ends_bitwise_equal(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_settings: TinySettings,
+    saved_tokenizer: Path,
+    tmp_path: Path,
+    packing: bool,
+    accumulation: int,
+    precision: str,
+) -> None:
+    settings = tiny_settings(
+        tokenizer={"file": str(saved_tokenizer)},
+        data={"packing": packing},
+        train={
+            "train_steps": 12,
+            "precision": precision,
+            "gradient_accumulation": accumulation,
+            "checkpoint_steps": 2,
+            "eval_steps": 5,
+            "eval_tokens": 200,
+        },
+    )
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train_until(monkeypatch, whole, settings, None)
+    for number, step in enumerate([3, 4, 9]):
+        train_until(monkeypatch, cut, None if number else settings, step)
+    train_until(monkeypatch, cut, None, None)
+    assert_same_run(cut, whole)
+    found = rows(whole)
+    assert len({row["loss"] for row in found}) == 12 and len({row["lr"] for row in found}) > 10
+    state = json.loads((newest(cut) / "state.json").read_text())
+    expected = json.loads((newest(whole) / "state.json").read_text())
+    assert {**state, "seconds": 0} == {**expected, "seconds": 0}
+    assert (state["scaler"] is not None) == (precision == "fp16")
+
+
+@pytest.mark.usefixtures("in_process")
+def test_skipped_fp16_steps_survive_a_cut(
+    monkeypatch: pytest.MonkeyPatch, tiny_settings: TinySettings, saved_tokenizer: Path, tmp_path: Path
+) -> None:
+    """A scale that overflows again and again: the skipped batches and the scale are part of the state."""
+    import torch
+
+    monkeypatch.setattr(
+        "moelet.step.make_scaler",
+        lambda dtype, device: torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_factor=2.0**9, growth_interval=2),
+    )
+    settings = tiny_settings(
+        tokenizer={"file": str(saved_tokenizer)},
+        train={"train_steps": 8, "precision": "fp16", "checkpoint_steps": 1},
+    )
+    train_until(monkeypatch, tmp_path / "whole", settings, None)
+    assert rows(tmp_path / "whole")[-1]["skipped_steps"] > 5
+    for number, step in enumerate([0, 2, 5]):
+        train_until(monkeypatch, tmp_path / "cut", None if number else settings, step)
+    train_until(monkeypatch, tmp_path / "cut", None, None)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("in_process")
+def test_what_is_only_looked_at_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, tiny_settings: TinySettings, saved_tokenizer: Path, tmp_path: Path
+) -> None:
+    """Evaluating, sampling, logging and saving more often leaves the weights as they would have been."""
+    seldom = {"train_steps": 8, "log_steps": 8, "sample_prompt": None}
+    often = {"train_steps": 8, "log_steps": 1, "sample_prompt": "def", "eval_steps": 2, "checkpoint_steps": 3}
+    for name, changes in (("seldom", seldom), ("often", often)):
+        settings = tiny_settings(tokenizer={"file": str(saved_tokenizer)}, train=changes)
+        train_until(monkeypatch, tmp_path / name, settings, None)
+    assert digests(tmp_path / "seldom") == digests(tmp_path / "often")
+    assert [row["step"] for row in rows(tmp_path / "seldom")] == [1, 8]
+
+
+# 4. damage
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_settings: TinySettings,
+    saved_tokenizer: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = tiny_settings(tokenizer={"file": str(saved_tokenizer)}, train={"train_steps": 12, "checkpoint_steps": 3})
+    train_until(monkeypatch, tmp_path / "whole", settings, None)
+    train_until(monkeypatch, tmp_path / "cut", settings, 8)
+    damaged = newest(tmp_path / "cut") / "model.safetensors"
+    assert damaged.parent.name == "step-00000006"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    capsys.readouterr()
+    train_until(monkeypatch, tmp_path / "cut", None, None)
+    said = capsys.readouterr().out
+    assert "checkpoint of step 6 passed over: model.safetensors has SHA-256" in said
+    assert "resumed at step 3 of 12" in said
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
