@@ -1,0 +1,165 @@
+"""Puts each known trap into a scratch copy of the package and shows that a test fails: `python -m tests.mutants`.
+
+The traps are those of public code for this very architecture. A mutant that survives, or whose place in the code is
+no longer found, makes the command fail.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Mutant(NamedTuple):
+    trap: str
+    file: str
+    old: str
+    new: str
+    tests: str  # what pytest is given; it must fail
+
+
+MUTANTS = [
+    Mutant(
+        "heads by view, without transpose",
+        "moelet/modelling.py",
+        "return x_BSD.unflatten(-1, (-1, self.head_width)).transpose(1, 2)",
+        "return x_BSD.reshape(x_BSD.shape[0], -1, x_BSD.shape[1], self.head_width)",
+        "tests/test_modelling.py",
+    ),
+    Mutant(
+        "a mask that adds 1 to the allowed scores",
+        "moelet/attention.py",
+        'scores_BHSL.masked_fill_(~allowed, float("-inf"))',
+        "(scores_BHSL + allowed)",
+        "tests/test_modelling.py",
+    ),
+    Mutant(
+        "tying that nobody reads",
+        "moelet/modelling.py",
+        "self.lm_head = None if settings.tie_embeddings else nn.Linear(",
+        "self.lm_head = nn.Linear(",
+        "tests/test_modelling.py",
+    ),
+    Mutant(
+        "gradients zeroed each micro-step",
+        "moelet/step.py",
+        "        with _micro_step(training, index):\n            output =",
+        "        training.optimizer.zero_grad()\n        with _micro_step(training, index):\n            output =",
+        "tests/test_step.py",
+    ),
+    Mutant(
+        "generation that was never run",
+        "moelet/modelling.py",
+        "            cache.length += n_new\n",
+        "            pass\n",
+        "tests/test_generate.py",
+    ),
+    Mutant(
+        "capacity that lets a later token evict an earlier one",
+        "moelet/experts.py",
+        "    rows_ND = _Dispatch.apply(",
+        "    ends_E = torch.tensor(counts).cumsum(0)\n"
+        "    weights_TK = weights_TK * (ends_E[ids_TK] - slot_TK <= max(1, flat_N.shape[0] // n_experts))\n"
+        "    rows_ND = _Dispatch.apply(",
+        "tests/test_modelling.py",
+    ),
+    Mutant(
+        "balance loss computed on padding",
+        "moelet/moe.py",
+        "    if valid_T is not None:\n        real_T1",
+        "    if valid_T is not None and not valid_T.any():\n        real_T1",
+        "tests/test_step.py",
+    ),
+    Mutant(
+        "balance loss reported as part of the validation loss",
+        "moelet/evaluate.py",
+        "        totals = add_stats(",
+        "        nats += 0.01 * sum(stats.probability.square().sum().item() for stats in output.router)\n"
+        "        totals = add_stats(",
+        "tests/test_evaluate.py",
+    ),
+    Mutant(
+        "bf16 on a card that emulates it",
+        "moelet/precision.py",
+        "modern = torch.cuda.get_device_capability(device) >= BF16_CAPABILITY",
+        "modern = torch.cuda.is_bf16_supported()",
+        "tests/test_precision.py",
+    ),
+    Mutant(
+        "GradScaler left on for bf16",
+        "moelet/precision.py",
+        "if dtype == torch.float16 else None",
+        "if dtype != torch.float32 else None",
+        "tests/test_precision.py",
+    ),
+    Mutant(
+        "a split used as the configuration's name",
+        "moelet/sources.py",
+        "name=settings.name",
+        "name=settings.split",
+        "tests/test_sources.py",
+    ),
+    Mutant(
+        "a saved checkpoint that nothing can load",
+        "moelet/step.py",
+        "return Checkpoint(training.step, training.model.state_dict(),",
+        'return Checkpoint(training.step, {"module." + k: v for k, v in training.model.state_dict().items()},',
+        "tests/test_step.py",
+    ),
+    Mutant(
+        "data position not saved",
+        "moelet/step.py",
+        '"skipped_in_a_row", "cursor", "best")',
+        '"skipped_in_a_row", "best")',
+        "tests/test_resume.py",
+    ),
+    Mutant(
+        "the cursor of the prefetched batch saved",
+        "moelet/data.py",
+        "        batch, cursor = item\n",
+        "        batch, cursor = item\n"
+        "        if not self._queue.empty() and not isinstance(self._queue.queue[-1], BaseException):\n"
+        "            cursor = self._queue.queue[-1][1]\n",
+        "tests/test_data.py",
+    ),
+]
+
+
+def kill(mutant: Mutant) -> tuple[bool, str]:
+    """Return whether a test fails with the trap put in, and what pytest said of the first failure."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in ("moelet", "tests", "recipes", "pyproject.toml", "hparams.json"):
+            source, target = ROOT / name, Path(scratch) / name
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+        path = Path(scratch) / mutant.file
+        text = path.read_text(encoding="utf-8")
+        if text.count(mutant.old) != 1:
+            return False, f"its place is {text.count(mutant.old)} times in {mutant.file}: mend tests/mutants.py"
+        path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", mutant.tests]
+        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=600)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+        if done.returncode == 1 and lines:
+            return True, lines[0].removeprefix("FAILED ").split(" - ")[0]
+        return False, f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-300:]}"
+
+
+def main() -> int:
+    survivors = 0
+    for mutant in MUTANTS:
+        started = time.perf_counter()
+        killed, what = kill(mutant)
+        survivors += not killed
+        verdict = "killed  " if killed else "SURVIVED"
+        print(f"{verdict} {mutant.trap} ({time.perf_counter() - started:.0f} s)\n         {what}", flush=True)
+    print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} mutants killed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
