@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moelet.dropout import dropout as drop
 from moelet.errors import pick
 
 
@@ -34,7 +35,7 @@ def explicit(
     allowed = causal_mask(q_BHSC.shape[2], k_BHLC.shape[2], valid_BL, q_BHSC.device)
     scores_BHSL = (q_BHSC * q_BHSC.shape[-1] ** -0.5) @ k_BHLC.transpose(-2, -1)
     weights_BHSL = scores_BHSL.masked_fill_(~allowed, float("-inf")).softmax(-1)
-    return F.dropout(weights_BHSL, dropout) @ v_BHLC
+    return drop(weights_BHSL, dropout) @ v_BHLC
 
 
 def sdpa(

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelet.attention import causal_attention
+from moelet.dropout import dropout
 from moelet.errors import UserError
 from moelet.experts import GATED
 from moelet.hparams import ModelSettings
@@ -125,15 +126,16 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(settings, layer)
         self.post_attention_layernorm = nn.RMSNorm(settings.d_model, eps=NORM_EPS)
         self.mlp: MoE | FeedForward = MoE(settings) if settings.n_experts > 1 else FeedForward(settings)
-        self.dropout = nn.Dropout(settings.dropout)
+        self.dropout = settings.dropout
 
     def forward(
         self, x_BSD: Tensor, valid_BS: Tensor | None, valid_BL: Tensor | None, cache: KVCache | None
     ) -> tuple[Tensor, RouterStats | None]:
-        x_BSD = x_BSD + self.dropout(self.self_attn(self.input_layernorm(x_BSD), valid_BL, cache))
+        rate = self.dropout if self.training else 0.0
+        x_BSD = x_BSD + dropout(self.self_attn(self.input_layernorm(x_BSD), valid_BL, cache), rate)
         normed_TD = self.post_attention_layernorm(x_BSD).flatten(0, 1)
         y_TD, stats = self.mlp(normed_TD, None if valid_BS is None else valid_BS.flatten())
-        return x_BSD + self.dropout(y_TD.view_as(x_BSD)), stats
+        return x_BSD + dropout(y_TD.view_as(x_BSD), rate), stats
 
 
 class GPT(nn.Module):
@@ -153,7 +155,6 @@ class GPT(nn.Module):
         vocab_size = settings.vocab_size or vocab_size
         self.settings, self.vocab_size = settings, vocab_size
         self.embed = Embedding(settings, vocab_size)
-        self.dropout = nn.Dropout(settings.dropout)
         self.layers = nn.ModuleList(DecoderLayer(settings, layer) for layer in range(settings.n_layers))
         self.norm = nn.RMSNorm(settings.d_model, eps=NORM_EPS)
         rank = settings.d_embed or settings.d_model
@@ -180,7 +181,7 @@ class GPT(nn.Module):
             positions_BS = torch.arange(start, start + n_new, device=ids_BS.device).expand(batch, n_new)
         else:
             positions_BS = (valid_BL.cumsum(1) - 1).clamp(min=0)[:, start:]
-        x_BSD = self.dropout(self.embed(ids_BS, positions_BS))
+        x_BSD = dropout(self.embed(ids_BS, positions_BS), self.settings.dropout if self.training else 0.0)
         router = []
         for layer in self.layers:
             x_BSD, stats = layer(x_BSD, valid_BS, valid_BL, cache)

@@ -177,6 +177,28 @@ def test_every_piece_once_an_epoch_in_an_order_of_its_own(texts: Path) -> None:
     assert Counter(pieces_of(given, "all")) - Counter(pieces_of(given, "validation")) == Counter(orders[1, 0])
 
 
+def test_one_file_too_comes_in_another_order_every_epoch(
+    texts: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no order of files helps: the pieces of one file, and the rows of one piece."""
+    monkeypatch.setattr(sources, "PART", 2**20)
+    given = settings(texts / "a.txt", shuffle_window=10_000, validation_fraction=1e-9)
+    assert len(pieces_of(given, "train")) > 10
+    assert len({tuple(pieces_of(given, "train", seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+    monkeypatch.setattr(data, "PIECE_CHARS", 10**6)
+    assert len(pieces_of(given, "train")) == 1
+    orders = []
+    for seed in (0, 1):
+        rows: dict[int, list[Any]] = {}
+        found = data.training_rows(given, tokenizer, LENGTH, seed, START)
+        for row, cursor in itertools.takewhile(lambda item: item[1]["epoch"] < 2, found):
+            rows.setdefault(cursor["epoch"], []).append(row.tolist())
+        orders += rows.values()
+    assert len(orders[0]) > 50 and all(sorted(order) == sorted(orders[0]) for order in orders)
+    assert all(one != other for one, other in itertools.combinations(orders, 2))
+
+
 def test_a_window_of_one_keeps_the_sources_order_of_documents(texts: Path) -> None:
     given = settings(texts / "one.jsonl", shuffle_window=1)
     rows = [int(piece.name.split(":")[1].split("#")[0]) for piece in pieces_of(given, "all", seed=5)]

@@ -71,9 +71,7 @@ def peak_of_steps(settings: ModelSettings, vocab_size: int, batch: int, dtype: t
 @pytest.fixture
 def even_load(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake tensors have no values to count, so every expert gets its fair share."""
-    monkeypatch.setattr(
-        experts, "rows_per_expert", lambda ids_N, n_experts: [ids_N.shape[0] // n_experts] * n_experts
-    )
+    monkeypatch.setattr(experts, "rows_per_expert", lambda ids_N, n_experts: [ids_N.shape[0] // n_experts] * n_experts)
 
 
 def test_counting_fakes_equals_counting_real_tensors(even_load: None) -> None:

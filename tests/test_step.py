@@ -23,7 +23,15 @@ def tokenizer() -> Tokenizer:
 
 def make_training(tokenizer: Tokenizer, **changes: object) -> Training:
     settings = {
-        "model": {"max_length": 24, "d_model": 32, "d_embed": 16, "n_layers": 2, "n_heads": 4, "d_ff": 64, "dropout": 0.0},
+        "model": {
+            "max_length": 24,
+            "d_model": 32,
+            "d_embed": 16,
+            "n_layers": 2,
+            "n_heads": 4,
+            "d_ff": 64,
+            "dropout": 0.0,
+        },
         "optim": {"warmup_steps": 2, "grad_clip": None},
         "train": {"train_steps": 10, "precision": "fp32", "device": "cpu"},
         "balance": {"alpha": 0.5},
@@ -158,12 +166,12 @@ def test_bytes_are_those_of_the_predicted_text(tokenizer: Tokenizer) -> None:
 
 def test_fp16_overflow_is_skipped_and_moves_nothing(tokenizer: Tokenizer) -> None:
     batch = ragged_batch(tokenizer)
-    training = scaled(make_training(tokenizer, train__precision="fp16"), 2.0**40)  # far past what fp16 holds
+    training = scaled(make_training(tokenizer, train__precision="fp16"), 2.0**30)  # far past what fp16 holds
     assert training.scaler is not None
     before = {name: value.clone() for name, value in training.model.state_dict().items()}
     report = train_step(training, [batch])
     assert report.skipped and training.step == 0 and training.skipped_steps == 1
-    assert training.scaler.get_scale() == 2.0**39
+    assert training.scaler.get_scale() == 2.0**29
     assert all(torch.equal(value, before[name]) for name, value in training.model.state_dict().items())
     rates = [report.lr]
     while training.step == 0:
