@@ -12,10 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from moelet.errors import Interrupted, TemporaryError, UserError
+
+# typer may bring its own copy of click; its public names lead to the base class of whichever it uses
+ClickException = typer.BadParameter.__mro__[2]
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     help="Pretrain a small Mixture-of-Experts GPT on the hardware you have.",
@@ -43,7 +46,7 @@ def train(
 ) -> None:
     """Pretrain a model; writes a run folder with checkpoints, metrics, a loss curve and a report."""
     if resume is not None and (file is not None or run is not None):
-        raise click.UsageError("--resume takes the settings from the run folder: leave out FILE and --run.")
+        raise typer.BadParameter("--resume takes the settings from the run folder: leave out FILE and --run.")
     from moelet import train as training
     from moelet.allocator import keep_freed_memory
     from moelet.console import Progress
@@ -221,17 +224,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = app(args=None if arguments is None else list(arguments), prog_name="moelet", standalone_mode=False)
         return result if isinstance(result, int) else 0
-    except click.ClickException as error:
+    except ClickException as error:
         error.show()
         return error.exit_code
     except (UserError, TemporaryError, Interrupted) as error:
         print(f"moelet: {error}", file=sys.stderr)
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("moelet: interrupted before there was anything to save.", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             raise
         print(f"moelet: the disk is full ({error}). Make room and run the same command again.", file=sys.stderr)
         return TemporaryError.exit_code

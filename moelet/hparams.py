@@ -88,7 +88,7 @@ class DataSettings(Section):
     split: str = Field("train", description="for source hub: the split")
     revision: str | None = Field(None, description="for source hub: branch, tag or commit")
     text_field: str = Field("text", description="the field that holds the text, in .jsonl files and hub rows")
-    shuffle_window: int = Field(4096, ge=1, description="pieces of text shuffled together; 1: the source's order")
+    shuffle_window: int = Field(4096, ge=1, description="pieces of text read, and their rows shuffled, together")
     packing: bool = Field(True, description="fill every row with documents end to end; false: one padded piece a row")
     validation_fraction: float = Field(0.02, gt=0, lt=1, description="share of the text held out, chosen by its hash")
 

@@ -211,8 +211,7 @@ def restore(training: Training, saved: Checkpoint) -> None:
     training.optimizer.state.clear()
     for key, value in saved.optimizer.items():
         name, entry = key.rsplit(":", 1)
-        place = value if entry == "step" else value.to(training.device)
-        training.optimizer.state[parameters[name]][entry] = place
+        training.optimizer.state[parameters[name]][entry] = value.to(training.device)
     for name in PROGRESS:
         setattr(training, name, saved.state[name])
     if training.scaler is not None and saved.state["scaler"] is not None:

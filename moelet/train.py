@@ -69,6 +69,11 @@ def start(hparams: Hparams, run: Path, progress: Progress) -> None:
     Raises UserError before any work when the settings don't fit or the folder holds a complete checkpoint.
     """
     check_names(hparams)
+    if run.is_dir() and any(run.iterdir()) and not (run / checkpoint.LOCK).exists():
+        raise UserError(
+            f"{run} holds files that are not a run's. A new run needs a folder that is empty or not there yet. Give "
+            "another --run."
+        )
     with checkpoint.lock(run):
         if checkpoint.checkpoint_steps(run):
             raise UserError(
