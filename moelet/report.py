@@ -123,7 +123,8 @@ def write_report(run: Path) -> Path:
     )
     pill = f'<span class="pill {status}">{status}: step {done:,} of {total:,}</span>'
     name, shape = html.escape(read.path.resolve().name), html.escape(read.shape)
-    page = PAGE.format(css=CSS, name=name, shape=shape, pill=pill, body="".join(body))
+    css = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+    page = PAGE.format(css=css, name=name, shape=shape, pill=pill, body="".join(body))
     path = read.path / "report.html"
     path.write_bytes(page.encode("utf-8", errors="replace"))  # a sample can hold half a surrogate pair
     return path
@@ -349,7 +350,7 @@ def _samples(run: _Run) -> str:
 
 
 def _data_table(run: _Run) -> str:
-    rows = [("documents read", "{:,}", run.last("documents"))]
+    rows = [("documents read", "{:,}", run.last("documents")), ("cut in pieces", "{:,}", run.last("documents_cut"))]
     rows += [(f"skipped: {reason}", "{:,}", count) for reason, count in (run.last("skipped") or {}).items()]
     rows += [("padding", "{:.2%}", run.last("padding")), ("steps skipped", "{:,}", run.last("skipped_steps"))]
     known = [(name, form.format(value)) for name, form, value in rows if value is not None]
@@ -367,30 +368,6 @@ def _settings(run: _Run) -> str:
         body += f"<h3>{html.escape(name)}</h3>{_table(rows)}"
     return _section("Go on", f"<pre>{html.escape(chr(10).join(lines))}</pre>") + _section("Settings", body)
 
-
-CSS = """
-:root{color-scheme:light dark;--ink:#1d2330;--muted:#5f697b;--grid:#dfe3ea;--paper:#fff;--back:#f4f6f9;--train:#0072b2;
---valid:#c85600;--mono:.88rem/1.5 ui-monospace,Menlo,Consolas,monospace}
-@media(prefers-color-scheme:dark){:root{--ink:#e8ebf1;--muted:#98a2b5;--grid:#303848;--paper:#191f2a;--back:#10141c;
---train:#56b4e9;--valid:#f0883e}}*{box-sizing:border-box}p,article div,.tiles span{color:var(--muted)}body{margin:0;
-background:var(--back);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
-main{max-width:1080px;margin:auto;padding:2.5rem 1.25rem 4rem}h1{font-size:2rem;margin:0;overflow-wrap:anywhere}
-h2{font-size:1.2rem;margin:0 0 .75rem}h3{font-size:.95rem;margin:1.4rem 0 .3rem;color:var(--train)}p{margin:0 0 .75rem}
-.pill{padding:.15rem .8rem;border:1px solid;border-radius:9rem;font-size:.85rem;color:var(--train)}
-.unfinished{color:var(--valid)}.tiles div,section{background:var(--paper);border:1px solid var(--grid);
-border-radius:14px;padding:1rem 1.2rem}section{padding:1.4rem;margin-top:1.25rem}.tiles,.panels{display:grid;gap:.8rem;
-grid-template-columns:repeat(auto-fit,minmax(220px,1fr))}.tiles{margin-top:1.75rem}.tiles b{font-size:1.6rem;
-white-space:nowrap}.tiles span{display:block;font-size:.83rem}
-.panels{grid-template-columns:repeat(auto-fit,minmax(min(100%,360px),1fr))}figure{margin:0;overflow-x:auto}
-svg{display:block;width:100%;height:auto}section>figure>svg{min-width:600px}svg text{font-family:inherit!important}
-article{display:grid;grid-template-columns:10rem 1fr;gap:.8rem;padding:.9rem 0;border-top:1px solid var(--grid)}
-article div{font-size:.85rem}pre{margin:0;padding:.8rem;background:var(--back);border-radius:8px;white-space:pre-wrap;
-overflow-wrap:anywhere;max-height:16rem;overflow-y:auto;unicode-bidi:isolate;font:var(--mono)}
-table{border-collapse:collapse;width:100%}td{padding:.35rem .8rem .35rem 0;border-top:1px solid var(--grid);
-vertical-align:top;font-size:.88rem}tr:first-child td{border:0}td:first-child{width:16rem}
-td:nth-child(2){font:var(--mono);overflow-wrap:anywhere}td:nth-child(3){color:var(--muted);width:50%}
-@media(max-width:640px){article{display:block}td:nth-child(3){display:none}td:first-child{width:50%}}
-"""
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">

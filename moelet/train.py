@@ -250,12 +250,14 @@ def assess(training: Training, validation: Validation, row: dict[str, Any]) -> E
     """Evaluate and add the results to the metrics row: held-out loss, a sample, what became of the data."""
     result = evaluate(training.model, validation, training.dtype)
     cursor = training.cursor
-    skipped = {reason: count for reason, count in cursor["counts"].items() if reason != "documents"}
+    skipped = dict(cursor["counts"])
+    documents, documents_cut = (skipped.pop(name, 0) for name in ("documents", "cut in pieces"))
     row |= {
         "val_loss": result.loss,
         "val_bits_per_byte": result.bits_per_byte,
         "gzip_bits_per_byte": validation.gzip_bits_per_byte,
-        "documents": cursor["counts"].get("documents", 0),
+        "documents": documents,
+        "documents_cut": documents_cut,
         "skipped": skipped,
         "padding": cursor["padding"] / max(1, cursor["positions"]),
     }
