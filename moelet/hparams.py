@@ -90,7 +90,7 @@ class DataSettings(Section):
     text_field: str = Field("text", description="the field that holds the text, in .jsonl files and hub rows")
     shuffle_window: int = Field(4096, ge=1, description="pieces of text read, and their rows shuffled, together")
     packing: bool = Field(True, description="fill every row with documents end to end; false: one padded piece a row")
-    validation_fraction: float = Field(0.02, gt=0, lt=1, description="share of the text held out, chosen by its hash")
+    validation_fraction: float = Field(0.05, gt=0, lt=1, description="share of the text held out, chosen by its hash")
 
     @model_validator(mode="after")
     def _source_has_what_it_needs(self) -> Self:
