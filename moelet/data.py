@@ -5,7 +5,8 @@ that is a function of (seed, epoch, window). So a cursor is plain data: where th
 and how many of the window's rows are used up. Nothing is buffered that a cursor would have to carry.
 
     {"epoch", "window", "source": the source's cursor at the window's start, "row",
-     "counts": what was read before this window, by reason, "positions", "padding": of all rows so far}
+     "counts": what was read before this window, by reason, "read": the same with this window,
+     "positions", "padding": of all rows so far}
 """
 
 import gzip
@@ -38,6 +39,7 @@ START: Cursor = {
     "source": None,
     "row": 0,
     "counts": {},
+    "read": {},
     "positions": 0,
     "padding": 0,
 }
@@ -111,8 +113,8 @@ def one_epoch(settings: DataSettings, seed: int, split: str, at: Cursor) -> Iter
         pieces, after = _read_window(items, settings.shuffle_window, keep, counts)
         order = np.random.default_rng([seed, at["epoch"], at["window"]]).permutation(len(pieces))
         if pieces:
-            yield [pieces[i] for i in order], at
-        fresh = {"row": 0, "counts": dict(counts)}
+            yield [pieces[i] for i in order], {**at, "read": dict(counts)}
+        fresh = {"row": 0, "counts": dict(counts), "read": dict(counts)}
         if after is None:
             yield [], {**at, **fresh, "epoch": at["epoch"] + 1, "window": 0, "source": None}
             return

@@ -250,7 +250,7 @@ def assess(training: Training, validation: Validation, row: dict[str, Any]) -> E
     """Evaluate and add the results to the metrics row: held-out loss, a sample, what became of the data."""
     result = evaluate(training.model, validation, training.dtype)
     cursor = training.cursor
-    skipped = dict(cursor["counts"])
+    skipped = dict(cursor["read"])
     documents, documents_cut = (skipped.pop(name, 0) for name in ("documents", "cut in pieces"))
     row |= {
         "val_loss": result.loss,
