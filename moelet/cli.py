@@ -17,7 +17,7 @@ import typer
 from moelet.errors import Interrupted, TemporaryError, UserError
 
 # typer may bring its own copy of click; its public names lead to the base class of whichever it uses
-ClickException = typer.BadParameter.__mro__[2]
+ClickException: Any = typer.BadParameter.__mro__[2]
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(

@@ -19,8 +19,8 @@ from moelet import checkpoint
 from moelet.checkpoint import HPARAMS, TOKENIZER, load_run_settings, write_file
 from moelet.console import Progress, progress_line, table
 from moelet.data import Prefetch, Validation, read_validation, training_batches, training_texts
-from moelet.errors import Interrupted, UserError, pick
-from moelet.evaluate import Evaluation, evaluate
+from moelet.errors import Interrupted, TemporaryError, UserError, pick
+from moelet.evaluate import evaluate
 from moelet.generate import Sampling, stream_text
 from moelet.hparams import Hparams, read_hparams
 from moelet.loss import BALANCE, bits_per_byte
@@ -66,7 +66,8 @@ def identity(hparams: Hparams, tokenizer: Tokenizer) -> dict[str, str]:
 def start(hparams: Hparams, run: Path, progress: Progress) -> None:
     """Train from the first step in folder `run`.
 
-    Raises UserError before any work when the settings don't fit or the folder holds a complete checkpoint.
+    Raises UserError before any work when the settings don't fit, or the folder holds a complete checkpoint or files
+    that are not a run's.
     """
     check_names(hparams)
     if run.is_dir() and any(run.iterdir()) and not (run / checkpoint.LOCK).exists():
@@ -80,14 +81,18 @@ def start(hparams: Hparams, run: Path, progress: Progress) -> None:
                 f"{run} holds a run with checkpoints. A new run needs a folder of its own: give another --run, or go "
                 f"on with this one: python -m moelet train --resume {run}"
             )
-        for leftover in (METRICS_FILE, TOKENIZER):
-            (run / leftover).unlink(missing_ok=True)
-        shutil.rmtree(run / "checkpoints", ignore_errors=True)
-        write_file(run / HPARAMS, hparams.to_json().encode())
-        tokenizer = make_tokenizer(hparams)
-        write_file(run / TOKENIZER, tokenizer.model_bytes)
-        training = build(hparams, tokenizer)
-        train(training, run, progress)
+        train(_fresh(hparams, run), run, progress)
+
+
+def _fresh(hparams: Hparams, run: Path) -> Training:
+    """Return a run at its first step, its folder cleared of what an earlier try left and its tokenizer made."""
+    for leftover in (METRICS_FILE, TOKENIZER):
+        (run / leftover).unlink(missing_ok=True)
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    write_file(run / HPARAMS, hparams.to_json().encode())
+    tokenizer = make_tokenizer(hparams)
+    write_file(run / TOKENIZER, tokenizer.model_bytes)
+    return build(hparams, tokenizer)
 
 
 def resume(run: Path, changes: Sequence[str], progress: Progress) -> None:
@@ -97,30 +102,37 @@ def resume(run: Path, changes: Sequence[str], progress: Progress) -> None:
     """
     if not (run / HPARAMS).is_file():
         raise UserError(f"{run} is not a run folder: it holds no {HPARAMS}. Give the folder of a run to resume.")
-    if not checkpoint.checkpoint_steps(run):
-        progress.say(f"{run} has no complete checkpoint: starting over.")
-        return start(read_hparams(run / HPARAMS, changes), run, progress)
     with checkpoint.lock(run):
-        saved_hparams, tokenizer = load_run_settings(run)
         hparams = read_hparams(run / HPARAMS, changes)
         check_names(hparams)
-        if hparams.tokenizer != saved_hparams.tokenizer and hparams.tokenizer.file is not None:
-            tokenizer = Tokenizer.load(Path(hparams.tokenizer.file))
-        step, passed = checkpoint.newest(run)
-        progress.say(*passed)
-        if step is None:
-            raise UserError(
-                f"no checkpoint of {run} verifies (see above). Nothing was changed. Restore one from a copy, or start "
-                "a new run in another folder."
-            )
-        saved = checkpoint.read(run, step)
-        refuse_another_run(run, saved.identity, identity(hparams, tokenizer), saved_hparams, hparams)
-        training = build(hparams, tokenizer)
-        restore(training, saved)
-        write_file(run / HPARAMS, hparams.to_json().encode())
-        cut_metrics(run, step)
-        progress.say(f"resumed at step {step} of {hparams.total_steps}")
+        if checkpoint.checkpoint_steps(run):
+            training = _restored(hparams, run, progress)
+            progress.say(f"resumed at step {training.step} of {hparams.total_steps}")
+        else:
+            progress.say(f"{run} has no checkpoint yet: starting over.")
+            training = _fresh(hparams, run)
         train(training, run, progress)
+
+
+def _restored(hparams: Hparams, run: Path, progress: Progress) -> Training:
+    """Return the run as its newest checkpoint that verifies has it; metrics.jsonl is cut back to that step."""
+    saved_hparams, tokenizer = load_run_settings(run)
+    if hparams.tokenizer != saved_hparams.tokenizer and hparams.tokenizer.file is not None:
+        tokenizer = Tokenizer.load(Path(hparams.tokenizer.file))
+    step, passed = checkpoint.newest(run)
+    progress.say(*passed)
+    if step is None:
+        raise UserError(
+            f"no checkpoint of {run} verifies (see above). Nothing was changed. Restore one from a copy, or start "
+            "a new run in another folder."
+        )
+    saved = checkpoint.read(run, step)
+    refuse_another_run(run, saved.identity, identity(hparams, tokenizer), saved_hparams, hparams)
+    training = build(hparams, tokenizer)
+    restore(training, saved)
+    write_file(run / HPARAMS, hparams.to_json().encode())
+    cut_metrics(run, step)
+    return training
 
 
 def refuse_another_run(
@@ -165,62 +177,109 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def train(training: Training, run: Path, progress: Progress) -> None:
-    """Train to the last step. Raises Interrupted, with everything saved, when a signal asks for it."""
-    hparams = training.hparams
-    settings, total = hparams.train, hparams.total_steps
-    marks = identity(hparams, training.tokenizer)
-    validation = read_validation(
-        hparams.data, training.tokenizer, hparams.model.max_length, settings.batch_size, settings.eval_tokens,
-        "validation",
-    )  # fmt: skip
+    """Train to the last step.
+
+    Raises Interrupted when a signal asks to stop and TemporaryError when the data's source is away, with everything
+    saved.
+    """
+    hparams, tokenizer = training.hparams, training.tokenizer
+    length, size = hparams.model.max_length, hparams.train.batch_size
+    validation = read_validation(hparams.data, tokenizer, length, size, hparams.train.eval_tokens, "validation")
     introduce(training, run, validation, progress)
     rate = matrix_rate(training.device, training.dtype)
-    stream = training_batches(
-        hparams.data, training.tokenizer, hparams.model.max_length, settings.batch_size, settings.seed, training.cursor
-    )
-    saved_at, mark = training.step, (training.tokens, training.seconds)
+    session = Session(training, run, progress, validation, rate, identity(hparams, tokenizer))
+    stream = training_batches(hparams.data, tokenizer, length, size, hparams.train.seed, training.cursor)
     with stop_signals() as received, Prefetch(stream) as batches, progress:
-        while training.step < total and not received:
-            began, before = time.perf_counter(), training.step
+        while training.step < hparams.total_steps:
+            if received:
+                session.save()
+                raise Interrupted(
+                    received[0],
+                    f"interrupted and saved at step {training.step}. Go on with: python -m moelet train --resume {run}",
+                )
+            session.advance(batches)
+
+
+class Session:
+    """One process's part of a run: a step at a time, with what is due after it."""
+
+    def __init__(
+        self,
+        training: Training,
+        run: Path,
+        progress: Progress,
+        validation: Validation,
+        rate: float,
+        marks: dict[str, str],
+    ) -> None:
+        self.training, self.run, self.progress, self.validation = training, run, progress, validation
+        self.rate, self.marks = rate, marks
+        self.logged = (training.tokens, training.seconds)  # at the last line of metrics.jsonl
+        self.saved_at = training.step if checkpoint.checkpoint_steps(run) else None
+
+    def advance(self, batches: Prefetch) -> None:
+        """Make one optimizer step, and log, evaluate and save where that is due."""
+        training, settings = self.training, self.training.hparams.train
+        began, before = time.perf_counter(), training.step
+        try:
             items = [next(batches) for _ in range(settings.gradient_accumulation)]
-            report = train_step(training, [batch for batch, _ in items])
-            training.cursor = items[-1][1]
-            training.seconds += time.perf_counter() - began
-            if training.step == before:
-                continue
-            evaluates = due(training.step, settings.eval_steps, total)
-            if evaluates or training.step == 1 or due(training.step, settings.log_steps, total):
-                row = metrics_row(training, report, mark, rate)
-                mark = (training.tokens, training.seconds)
-                result = assess(training, validation, row) if evaluates else None
-                append_metrics(run, row)
-                show(training, row, progress)
-                better = result is not None and (training.best is None or result.loss < training.best["val_loss"])
-                if result is not None and better:
-                    training.best = {"step": training.step, "val_loss": result.loss}
-            else:
-                better = False
-            if better or due(training.step, settings.checkpoint_steps, total):
-                save(training, run, marks)
-                saved_at = training.step
-        if received and training.step < total:
-            if saved_at != training.step or not checkpoint.checkpoint_steps(run):
-                save(training, run, marks)
-            raise Interrupted(
-                received[0],
-                f"interrupted and saved at step {training.step}. Go on with: python -m moelet train --resume {run}",
-            )
+        except TemporaryError:
+            self.save()
+            raise
+        report = train_step(training, [batch for batch, _ in items])
+        training.cursor = items[-1][1]
+        training.seconds += time.perf_counter() - began
+        if training.step == before:  # skipped: fp16 overflowed
+            return
+        evaluates, better = self.due(settings.eval_steps), False
+        if evaluates or training.step == 1 or self.due(settings.log_steps):
+            row = metrics_row(training, report, self.logged, self.rate)
+            self.logged = (training.tokens, training.seconds)
+            better = evaluates and self.assess(row)
+            append_metrics(self.run, row)
+            show(training, row, self.progress)
+        if better or self.due(settings.checkpoint_steps):
+            self.save()
 
+    def due(self, every: int | None) -> bool:
+        """Return whether something done every so many steps, and after the last one, is due now."""
+        step = self.training.step
+        return step == self.training.hparams.total_steps or (every is not None and step % every == 0)
 
-def due(step: int, every: int | None, total: int) -> bool:
-    """Return whether something done every so many steps, and at the last one, is due after `step`."""
-    return step == total or (every is not None and step % every == 0)
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless there is one, and remove those no longer kept."""
+        training = self.training
+        if self.saved_at == training.step:
+            return
+        checkpoint.save(self.run, snapshot(training, self.marks))
+        self.saved_at = training.step
+        best = None if training.best is None else int(training.best["step"])
+        checkpoint.retain(self.run, training.hparams.train.keep_checkpoints, best)
 
-
-def save(training: Training, run: Path, marks: dict[str, str]) -> None:
-    checkpoint.save(run, snapshot(training, marks))
-    best = training.best
-    checkpoint.retain(run, training.hparams.train.keep_checkpoints, None if best is None else int(best["step"]))
+    def assess(self, row: dict[str, Any]) -> bool:
+        """Evaluate, add the results to the metrics row, and return whether the model is the best so far."""
+        training, cursor = self.training, self.training.cursor
+        result = evaluate(training.model, self.validation, training.dtype)
+        skipped = dict(cursor["read"])
+        documents, documents_cut = (skipped.pop(name, 0) for name in ("documents", "cut in pieces"))
+        row |= {
+            "val_loss": result.loss,
+            "val_bits_per_byte": result.bits_per_byte,
+            "gzip_bits_per_byte": self.validation.gzip_bits_per_byte,
+            "documents": documents,
+            "documents_cut": documents_cut,
+            "skipped": skipped,
+            "padding": cursor["padding"] / max(1, cursor["positions"]),
+        }
+        prompt = training.hparams.train.sample_prompt
+        if prompt is not None:
+            training.model.eval()
+            sample = stream_text(training.model, training.tokenizer, prompt, SAMPLE_TOKENS, Sampling())
+            row["sample"] = prompt + "".join(sample)
+        if training.best is not None and result.loss >= training.best["val_loss"]:
+            return False
+        training.best = {"step": training.step, "val_loss": result.loss}
+        return True
 
 
 def metrics_row(training: Training, report: StepReport, since: tuple[int, float], rate: float) -> dict[str, Any]:
@@ -244,31 +303,6 @@ def metrics_row(training: Training, report: StepReport, since: tuple[int, float]
     if training.scaler is not None:
         row |= {"loss_scale": training.scaler.get_scale(), "skipped_steps": training.skipped_steps}
     return row
-
-
-def assess(training: Training, validation: Validation, row: dict[str, Any]) -> Evaluation:
-    """Evaluate and add the results to the metrics row: held-out loss, a sample, what became of the data."""
-    result = evaluate(training.model, validation, training.dtype)
-    cursor = training.cursor
-    skipped = dict(cursor["read"])
-    documents, documents_cut = (skipped.pop(name, 0) for name in ("documents", "cut in pieces"))
-    row |= {
-        "val_loss": result.loss,
-        "val_bits_per_byte": result.bits_per_byte,
-        "gzip_bits_per_byte": validation.gzip_bits_per_byte,
-        "documents": documents,
-        "documents_cut": documents_cut,
-        "skipped": skipped,
-        "padding": cursor["padding"] / max(1, cursor["positions"]),
-    }
-    prompt = training.hparams.train.sample_prompt
-    if prompt is not None:
-        training.model.eval()
-        row["sample"] = prompt + "".join(
-            stream_text(training.model, training.tokenizer, prompt, SAMPLE_TOKENS, Sampling())
-        )
-        training.model.train()
-    return result
 
 
 def show(training: Training, row: dict[str, Any], progress: Progress) -> None:
