@@ -29,7 +29,7 @@ def settings(tiny_settings: TinySettings) -> dict[str, Any]:
         "checkpoint_steps": 3,
         "keep_checkpoints": 100,
     }
-    data["train"] |= {"eval_tokens": 500, "sample_prompt": None}
+    data["train"] |= {"keep_checkpoints": 100, "eval_tokens": 500, "sample_prompt": None}
     return data
 
 
