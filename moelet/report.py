@@ -184,9 +184,9 @@ def _loss_figure(run: _Run) -> "Figure":
     if not train:
         axes.text(0.5, 0.5, "no finite loss was logged", transform=axes.transAxes, ha="center", color=MUTED)
         return figure
-    # The average follows a trend with a lag of its window, 1 / (1 - beta) points. A 40th of the curve is a lag that
-    # the eye forgives; 50 points (beta 0.98) are enough to calm any noise; under 40 none.
-    window = min(max(len(train) / 40, 1), 50)
+    # The average follows a trend with a lag of its window, 1 / (1 - beta) points. A 16th of the curve is a lag that
+    # the eye forgives; 50 points (beta 0.98) are enough to calm any noise; under 16 none.
+    window = min(max(len(train) / 16, 1), 50)
     trend = list(zip((t for t, _ in train), smooth([v for _, v in train], 1 - 1 / window), strict=True))
     if window > 1:
         _line(axes, train, color=TRAIN, linewidth=0.9, alpha=0.3, label="training, each logged step")
