@@ -92,7 +92,7 @@ def generate(
     prompt: Annotated[list[str], typer.Option("--prompt", metavar="TEXT", help="Several make a batch.")],
     tokens: Annotated[int, typer.Option(min=1, help="The most new tokens.")] = 200,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest; default: all.")] = None,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest.")] = 50,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that reach p; default: all.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
     json_file: JsonFile = None,
