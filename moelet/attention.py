@@ -28,8 +28,10 @@ def causal_mask(n_queries: int, n_keys: int, valid_BL: Tensor | None, device: to
 def explicit(
     q_BHSC: Tensor, k_BHLC: Tensor, v_BHLC: Tensor, valid_BL: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """The definition: scores, mask, softmax in float32, dropout on the weights, weighted sum.
+    """The definition: scores, mask, softmax, dropout on the weights, weighted sum.
 
+    The softmax is computed in float32; under autocast on a CPU its result is rounded to the products' format, on CUDA
+    it is not. Either way the weights enter the second product in that format.
     Source: Vaswani et al. 2017, section 3.2.1.
     """
     allowed = causal_mask(q_BHSC.shape[2], k_BHLC.shape[2], valid_BL, q_BHSC.device)

@@ -148,7 +148,7 @@ def save(run: Path, checkpoint: Checkpoint) -> None:
             f"the checkpoint of step {checkpoint.step} can't be written to {target.parent} ({error.strerror}): "
             f"it needs {size:.0f} MiB, {free:.0f} MiB are free. "
             + (f"The checkpoint of step {last[-1]} is untouched. " if last else "")
-            + f"Make room and run: moelet train --resume {run}"
+            + f"Mend that and run: python -m moelet train --resume {run}"
         ) from error
 
 
@@ -279,13 +279,16 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Loaded:
     hparams, tokenizer = load_run_settings(run)
     step, passed = newest(run)
     if step is None:
-        why = "; ".join(passed) or "it has no complete checkpoint yet"
-        raise UserError(f"{run} holds no model to load ({why}). Train it first: moelet train --resume {run}")
+        if passed:
+            raise UserError(f"{run} holds no model that verifies ({'; '.join(passed)}). Restore one from a copy.")
+        raise UserError(f"{run} holds no checkpoint yet. Train it first: python -m moelet train --resume {run}")
     identity = json.loads((_folder(run, step) / MANIFEST).read_bytes())["identity"]
-    if identity["tokenizer"] != tokenizer.fingerprint:
-        raise UserError(
-            f"{run / TOKENIZER} isn't the tokenizer that the model was trained with. Restore it from a copy."
-        )
+    for name, file, now in (
+        ("tokenizer", TOKENIZER, tokenizer.fingerprint),
+        ("model", HPARAMS, hparams.model.fingerprint),
+    ):
+        if identity.get(name) != now:
+            raise UserError(f"{run / file} isn't the one that the model was trained with. Restore it from a copy.")
     model = GPT(hparams.model, tokenizer.vocab_size)
     try:
         model.load_state_dict(safetensors.torch.load_file(_folder(run, step) / MODEL))

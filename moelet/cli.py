@@ -6,6 +6,7 @@ interrupted and saved. Commands import what they need when they run, so that --h
 
 import errno
 import json
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ Changes = Annotated[
 ]
 
 
-@app.command(epilog="Example: moelet train hparams.json --run runs/first --set data.source=files data.files=book.txt")
+@app.command(epilog="Example: moelet train hparams.json --run runs/first --set optim.lr=0.001")
 def train(
     file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The settings; default: hparams.json.")] = None,
     run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="A new run's folder.")] = None,
@@ -65,22 +66,26 @@ def train(
 
 def _train_and_report(run: Path, progress: Any, work: Any) -> None:
     """Do `work`, and write the pictures of what there is to see, also when it was interrupted."""
+    from moelet.console import printable
     from moelet.report import read_metrics, write_loss_curve, write_report
 
     try:
         work()
     except Interrupted:
-        if read_metrics(run):
+        if (run / "metrics.jsonl").exists() and read_metrics(run):
             write_loss_curve(run)
             write_report(run)
         raise
     write_loss_curve(run)
     last = read_metrics(run)[-1]
     if last.get("sample"):
-        progress.say("sample:", *(f"    {line}" for line in last["sample"].splitlines()[:16]))
+        progress.say("sample:", *(f"    {printable(line)}" for line in last["sample"].split("\n")[:16]))
+    if "val_bits_per_byte" in last:
+        progress.say(
+            f"done in {last['seconds']:.0f} s of training: {last['tokens']:,} tokens, held-out "
+            f"{last['val_bits_per_byte']:.3f} bits/byte (gzip -9 of the same bytes: {last['gzip_bits_per_byte']:.3f})"
+        )
     progress.say(
-        f"done in {last['seconds']:.0f} s of training: {last['tokens']:,} tokens, held-out "
-        f"{last['val_bits_per_byte']:.3f} bits/byte (gzip -9 of the same bytes: {last['gzip_bits_per_byte']:.3f})",
         f"see   {write_report(run)} and {run / 'loss_curve.png'}",
         f'try   python -m moelet generate {run} --prompt "..."',
     )
@@ -94,28 +99,34 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Draw from the k likeliest.")] = 50,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that reach p; default: all.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same text.")] = 0,
     json_file: JsonFile = None,
 ) -> None:
     """Continue a text, streamed as it is made; stops at the end of the document."""
     from moelet.checkpoint import load
+    from moelet.console import printable
     from moelet.generate import Sampling, complete, stream_text
+    from moelet.precision import choose_device
 
+    _end_quietly_with_the_reader()
+    _check_writable(json_file)
     sampling = Sampling(temperature, top_k, top_p, seed)
     sampling.check()
-    model, tokenizer, _, _ = load(run)
+    model, tokenizer, _, _ = load(run, choose_device("auto"))
+    tokenizer.encode_batch(prompt)  # an error in a prompt comes before its echo
+    shown = printable if sys.stdout.isatty() else str
     if len(prompt) == 1:
-        print(prompt[0], end="", flush=True)
+        print(shown(prompt[0]), end="", flush=True)
         parts = []
         for part in stream_text(model, tokenizer, prompt[0], tokens, sampling):
-            print(part, end="", flush=True)
+            print(shown(part), end="", flush=True)
             parts.append(part)
         print()
         texts = ["".join(parts)]
     else:
         texts = complete(model, tokenizer, prompt, tokens, sampling)
         for start, text in zip(prompt, texts, strict=True):
-            print(f"{start}{text}\n---")
+            print(f"{shown(start)}{shown(text)}\n---")
     _write_json(json_file, [{"prompt": start, "text": text} for start, text in zip(prompt, texts, strict=True)])
 
 
@@ -125,18 +136,28 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(metavar="SRC", help="`embedded`, or a path, glob or folder; default: held-out text.")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="About how many tokens; default: all of SRC.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="About how many, in whole pieces of text; default: all of SRC.")
+    ] = None,
+    text_field: Annotated[str | None, typer.Option(help="The field of .jsonl files; default: the run's.")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Measure loss, perplexity, bits per byte and expert load on held-out text, or on any other."""
     from moelet import evaluate as evaluation
-    from moelet.checkpoint import load
+    from moelet.checkpoint import load, load_run_settings
     from moelet.console import table
     from moelet.data import read_validation
     from moelet.hparams import make_hparams
     from moelet.precision import choose_device, choose_dtype
 
-    hparams = load_settings_with_data(run, data, make_hparams)
+    _end_quietly_with_the_reader()
+    _check_writable(json_file)
+    hparams, _ = load_run_settings(run)
+    if data is not None:
+        changed = hparams.model_dump(mode="json")
+        changed["data"] |= {"source": "embedded"} if data == "embedded" else {"source": "files", "files": data}
+        changed["data"] |= {"text_field": text_field or hparams.data.text_field}
+        hparams = make_hparams(changed, str(run))
     device = choose_device(hparams.train.device)
     model, tokenizer, _, step = load(run, device)
     limit = tokens or (hparams.train.eval_tokens if data is None else None)
@@ -156,18 +177,6 @@ def evaluate(
     _write_json(json_file, result._asdict())
 
 
-def load_settings_with_data(run: Path, data: str | None, make_hparams: Any) -> Any:
-    """Return a run's settings, reading from `data` instead where it is given."""
-    from moelet.checkpoint import load_run_settings
-
-    hparams, _ = load_run_settings(run)
-    if data is None:
-        return hparams
-    changed = hparams.model_dump(mode="json")
-    changed["data"] |= {"source": "embedded"} if data == "embedded" else {"source": "files", "files": data}
-    return make_hparams(changed, str(run))
-
-
 @tokenizer_app.command("train", epilog="Example: moelet tokenizer train 'texts/*.txt' --vocab-size 8192 --out my.model")
 def train_tokenizer(
     files: Annotated[list[str], typer.Argument(metavar="FILES", help="Paths, globs or folders of text.")],
@@ -181,6 +190,7 @@ def train_tokenizer(
     from moelet.hparams import make_hparams
     from moelet.tokenizer import Tokenizer
 
+    _check_writable(out)
     data = {"source": "files", "files": files, "text_field": text_field}
     settings = make_hparams(
         {"data": data, "tokenizer": {"vocab_size": vocab_size, "algorithm": algorithm}, "train": {"train_steps": 1}}
@@ -206,12 +216,23 @@ def encode_text(
 @tokenizer_app.command("decode", epilog="Example: moelet tokenizer decode runs/first/tokenizer.model 17 4 99")
 def decode_ids(
     model: Annotated[Path, typer.Argument(metavar="MODEL")],
-    ids: Annotated[list[int], typer.Argument(metavar="IDS")],
+    ids: Annotated[list[int], typer.Argument(metavar="IDS", min=0, max=2**31 - 1)],
 ) -> None:
     """Print the text of ids."""
     from moelet.tokenizer import Tokenizer
 
     print(Tokenizer.load(model).decode(ids))
+
+
+def _end_quietly_with_the_reader() -> None:
+    """End as every Unix tool does when the reader of a pipe goes away, as in `moelet generate ... | head`."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+def _check_writable(path: Path | None) -> None:
+    """Raise UserError, before any work, for a file that can't be written where it is wanted."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UserError(f"{path} can't be written: it is a folder, or its folder isn't there. Give another path.")
 
 
 def _write_json(path: Path | None, result: Any) -> None:
@@ -223,6 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code. A bug is not caught here: its traceback is what helps."""
     try:
         result = app(args=None if arguments is None else list(arguments), prog_name="moelet", standalone_mode=False)
+        if result == 130:  # typer's answer to Ctrl-C; the training loop has an answer of its own
+            print("moelet: interrupted outside of training; run the same command again.", file=sys.stderr)
         return result if isinstance(result, int) else 0
     except ClickException as error:
         error.show()
@@ -230,11 +253,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, TemporaryError, Interrupted) as error:
         print(f"moelet: {error}", file=sys.stderr)
         return error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        print("moelet: interrupted before there was anything to save.", file=sys.stderr)
-        return 130
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno in DISK_FULL:
+            print(f"moelet: the disk is full ({error}). Make room and run the same command again.", file=sys.stderr)
+            return TemporaryError.exit_code
+        if error.filename is None:
             raise
-        print(f"moelet: the disk is full ({error}). Make room and run the same command again.", file=sys.stderr)
-        return TemporaryError.exit_code
+        print(f"moelet: {error.filename} can't be used ({error.strerror}). Mend that.", file=sys.stderr)
+        return UserError.exit_code

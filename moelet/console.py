@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: one progress line, in a terminal, a pipe or a notebook."""
 
 import time
+import unicodedata
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -65,7 +66,12 @@ class Progress:
             self._shown = now
             self.say(line)
         elif self._live is not None:
-            self._live.update(Text(line, overflow="ellipsis", no_wrap=True), refresh=True)
+            self._live.update(Text(line), refresh=True)
+
+
+def printable(text: str) -> str:
+    """Return text that can't drive a terminal: control characters but newline and tab are shown as U+FFFD."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def table(title: str, rows: Sequence[tuple[str, str]]) -> list[str]:

@@ -29,8 +29,6 @@ from moelet.loss import IGNORE
 from moelet.sources import SOURCES, Cursor, Document, Skipped
 from moelet.tokenizer import Tokenizer
 
-PIECE_CHARS = 8192  # a long document is cut into pieces, about 4 rows of 512 tokens each: the unit of the held-out
-# split. Shorter ones would break more contexts, longer ones would leave a small corpus with too few to choose from.
 PREFETCH_BATCHES = 4
 VALIDATION_WINDOW = 64  # held-out pieces read at once: at 2% held out, 64 take 26 MB of text to find
 START: Cursor = {
@@ -70,14 +68,14 @@ class Validation(NamedTuple):
     gzip_bits_per_byte: float  # of the same bytes at level 9, the plainest model of text there is
 
 
-def cut(document: Document) -> list[Piece]:
-    """Return the document in pieces of at most PIECE_CHARS characters, cut behind a line end or else a space."""
+def cut(document: Document, piece_chars: int) -> list[Piece]:
+    """Return the document in pieces of at most `piece_chars` characters, cut behind a line end or else a space."""
     text, pieces, start = document.text, [], 0
     while start < len(text):
-        end = start + PIECE_CHARS
+        end = start + piece_chars
         if end < len(text):
             for mark in ("\n", " "):
-                found = text.rfind(mark, start + PIECE_CHARS // 2, end)
+                found = text.rfind(mark, start + piece_chars // 2, end)
                 if found >= 0:
                     end = found + 1
                     break
@@ -110,7 +108,7 @@ def one_epoch(settings: DataSettings, seed: int, split: str, at: Cursor) -> Iter
     items = source.documents(settings, seed, at["epoch"], at["source"])
     while True:
         counts: Counter[str] = Counter(at["counts"])
-        pieces, after = _read_window(items, settings.shuffle_window, keep, counts)
+        pieces, after = _read_window(items, settings, keep, counts)
         order = np.random.default_rng([seed, at["epoch"], at["window"]]).permutation(len(pieces))
         if pieces:
             yield [pieces[i] for i in order], {**at, "read": dict(counts)}
@@ -122,19 +120,22 @@ def one_epoch(settings: DataSettings, seed: int, split: str, at: Cursor) -> Iter
 
 
 def _read_window(
-    items: Iterator[tuple[Document | Skipped, Cursor]], size: int, keep: Callable[[str], bool], counts: Counter[str]
+    items: Iterator[tuple[Document | Skipped, Cursor]],
+    settings: DataSettings,
+    keep: Callable[[str], bool],
+    counts: Counter[str],
 ) -> tuple[list[Piece], Cursor | None]:
-    """Return pieces of whole documents until there are `size`, and the source's cursor then; None at its end."""
+    """Return pieces of whole documents until the window is full, and the source's cursor then; None at its end."""
     pieces: list[Piece] = []
     for item, cursor in items:
         if isinstance(item, Skipped):
             counts[item.reason] += 1
         else:
-            whole = cut(item)
+            whole = cut(item, settings.piece_chars)
             counts["documents"] += 1 if item.ends else 0
             counts["cut in pieces"] += 1 if len(whole) > 1 and item.ends else 0
             pieces += [piece for piece in whole if keep(piece.text)]
-        if len(pieces) >= size:
+        if len(pieces) >= settings.shuffle_window:
             return pieces, cursor
     return pieces, None
 
@@ -150,14 +151,21 @@ def epochs(settings: DataSettings, seed: int, at: Cursor) -> Iterator[tuple[list
             else:
                 at = window
         if not found:
-            raise UserError(
-                f"the data holds no text to train on ({_describe(at['counts'])}). A run needs at least one document "
-                "that is not empty. Set data.files or data.source to text, or lower data.validation_fraction."
-            )
+            raise no_text("train", settings, at["counts"])
 
 
-def _describe(counts: dict[str, int]) -> str:
-    return ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items())) or "no documents at all"
+def no_text(split: str, settings: DataSettings, counts: dict[str, int]) -> UserError:
+    """Return the error for a source without any text of a split: what it held instead, and what to do."""
+    held = ", ".join(f"{reason}: {count}" for reason, count in sorted(counts.items())) or "no documents at all"
+    if split == "all" or not counts.get("documents"):
+        return UserError(
+            f"the data holds no text ({held}). It needs a document that isn't empty. Set data.files or data.source."
+        )
+    return UserError(
+        f"the {split} split holds no text ({held}; pieces of up to {settings.piece_chars} characters, "
+        f"{settings.validation_fraction:.1%} of them held out). Training and validation need a piece each. Lower "
+        "data.piece_chars to cut this text into more pieces, change data.validation_fraction, or add text."
+    )
 
 
 def encoded(pieces: list[Piece], tokenizer: Tokenizer) -> list[np.ndarray]:
@@ -244,21 +252,19 @@ def read_validation(
     taken: list[Piece] = []
     ids: list[np.ndarray] = []
     counts: dict[str, int] = {}
+    total = 0
     nearby = settings.model_copy(update={"shuffle_window": min(settings.shuffle_window, VALIDATION_WINDOW)})
     for pieces, at in one_epoch(nearby, 0, split, START):
-        counts = at["counts"]
+        counts = at["read"]
         for piece, piece_ids in zip(pieces, encoded(pieces, tokenizer), strict=True):
-            if n_tokens is None or sum(map(len, ids)) < n_tokens:
+            if n_tokens is None or total < n_tokens:
                 taken.append(piece)
                 ids.append(piece_ids)
-        if n_tokens is not None and sum(map(len, ids)) >= n_tokens:
+                total += len(piece_ids)
+        if n_tokens is not None and total >= n_tokens:
             break
     if not taken:
-        raise UserError(
-            f"no text is held out for validation ({_describe(counts)}; validation_fraction "
-            f"{settings.validation_fraction}). An evaluation needs at least one piece of {PIECE_CHARS} characters. "
-            "Raise data.validation_fraction, or add text."
-        )
+        raise no_text(split, settings, counts)
     rows = (packed if settings.packing else padded)(ids, length)
     groups = [collate(list(rows[start : start + size])) for start in range(0, len(rows), size)]
     raw = "".join(piece.text for piece in taken).encode()

@@ -26,4 +26,5 @@ def dropout(x: Tensor, probability: float) -> Tensor:
         return x
     if x.device.type != "cpu":
         return F.dropout(x, probability)
+    probability = min(round(probability * LEVELS), LEVELS - 1) / LEVELS
     return x.masked_fill(drop_mask(x.shape, probability), 0.0) * (1 / (1 - probability))

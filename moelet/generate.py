@@ -13,6 +13,8 @@ from moelet.errors import UserError
 from moelet.modelling import GPT, KVCache
 from moelet.tokenizer import Tokenizer
 
+MAX_TEMPERATURE = 1e6  # all tokens are equally likely long before
+
 
 class Sampling(NamedTuple):
     """How the next token is drawn."""
@@ -24,8 +26,10 @@ class Sampling(NamedTuple):
 
     def check(self) -> None:
         """Raise UserError where a value is out of range."""
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature is {self.temperature}. It must be 0 (greedy) or above. Usual: 0.7 to 1.")
+        if not 0 <= self.temperature <= MAX_TEMPERATURE:
+            raise UserError(
+                f"temperature is {self.temperature}. It must be 0 (greedy) to {MAX_TEMPERATURE:g}. Usual: 0.7 to 1."
+            )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top-k is {self.top_k}. It must be at least 1. Leave it out to allow all tokens.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -88,16 +92,16 @@ def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, n_new: int, sampl
     """Yield the continuation of one prompt piece by piece, until EOS or `n_new` tokens; characters are never split."""
     prompt_ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
     ids: list[int] = []
-    shown = len(tokenizer.decode(prompt_ids))
+    shown = 0
     for (next_id,) in continuations(model, [prompt_ids], n_new, sampling):
         if next_id == tokenizer.eos_id:
             break
         ids.append(next_id)
-        text = tokenizer.decode(prompt_ids + ids)
+        text = tokenizer.decode(ids)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the bytes of a character are still incomplete
             yield text[shown:]
             shown = len(text)
-    rest = tokenizer.decode(prompt_ids + ids)[shown:]
+    rest = tokenizer.decode(ids)[shown:]
     if rest:
         yield rest
 

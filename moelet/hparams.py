@@ -4,6 +4,7 @@ One file rebuilds the run. Derived values are properties and are never written b
 This file knows what each setting may be; whether it fits the data or the machine is checked by whoever uses it.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -72,6 +73,12 @@ class ModelSettings(Section):
     def expert_width(self) -> int:
         return self.d_ff // self.n_experts
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that changes what the weights compute, in hexadecimal."""
+        settings = self.model_dump(mode="json", exclude={"attention", "experts", "dropout"})
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
 
 class TokenizerSettings(Section):
     file: str | None = Field(None, description="a SentencePiece model; null: train one on the run's own text")
@@ -89,6 +96,7 @@ class DataSettings(Section):
     revision: str | None = Field(None, description="for source hub: branch, tag or commit")
     text_field: str = Field("text", description="the field that holds the text, in .jsonl files and hub rows")
     shuffle_window: int = Field(4096, ge=1, description="pieces of text read, and their rows shuffled, together")
+    piece_chars: int = Field(8192, ge=16, description="longer documents are cut: the unit of the held-out split")
     packing: bool = Field(True, description="fill every row with documents end to end; false: one padded piece a row")
     validation_fraction: float = Field(0.05, gt=0, lt=1, description="share of the text held out, chosen by its hash")
 
@@ -211,7 +219,7 @@ def make_hparams(data: dict[str, Any], origin: str = "the settings") -> Hparams:
     try:
         return Hparams.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        lines = [f"  {_explain(problem)}" for problem in error.errors()]
+        lines = list(dict.fromkeys(f"  {_explain(problem)}" for problem in error.errors()))
         count = f"{len(lines)} settings don't" if len(lines) > 1 else "a setting doesn't"
         raise UserError("\n".join([f"{origin}: {count} fit.", *lines])) from None
 
@@ -256,6 +264,8 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "json_invalid":  # what json.dumps writes and a strict reader refuses: lone surrogates, depth
         return f"{problem['msg'].partition(' at line')[0]}. Mend the value that holds it."
     need = problem["msg"].removeprefix("Input should be ")
+    if setting == "data.files":
+        need = "a string or a list of strings (on the command line: '[\"2024\"]')"
     given = json.dumps(problem["input"])
     given = given if len(given) <= LONGEST_VALUE else f"{given[:LONGEST_VALUE]}..."
     return f"{setting} is {given}. It must be {need}. Change it{_or_default(location)}."

@@ -24,19 +24,25 @@ def append_metrics(run: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def sync_metrics(run: Path) -> None:
+    """Have the lines written so far on the disk before returning: a checkpoint must not outlive them."""
+    if (run / METRICS_FILE).exists():
+        with open(run / METRICS_FILE, "rb") as file:
+            os.fsync(file.fileno())
+
+
 def cut_metrics(run: Path, step: int) -> None:
-    """Drop the lines after `step`, and a last line that a crash cut short, so that a resumed run writes them anew."""
+    """Drop the lines after `step`, and any that a crash cut short, so that a resumed run writes them anew."""
     path = run / METRICS_FILE
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, TypeError, KeyError):
             continue
-        if row["step"] <= step:
-            kept.append(line + "\n")
     replacement = path.with_suffix(".jsonl.tmp")
     with open(replacement, "w", encoding="utf-8") as file:
         file.write("".join(kept))

@@ -18,7 +18,8 @@ ADAM_EPS = 1e-8  # Kingma & Ba 2014
 def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict[str, object]]:
     """Return three groups: matrices, which decay; norms, which don't; embedding tables, which don't either.
 
-    `lr_scale` is what a group's learning rate is multiplied with at every step.
+    `lr_scale` is what a group's learning rate is multiplied with at every step. An output table that isn't tied counts
+    as a matrix.
     """
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     matrices = [p for p in model.parameters() if p.ndim >= 2 and not any(p is table for table in tables)]

@@ -322,7 +322,7 @@ def _tiles(run: _Run) -> str:
         ("tokens", "{}", _short(run.tokens), f"{run.rows[-1]['step']:,} steps"),
         ("training time", "{}", None if seconds is None else time, "evaluation not counted"),
         ("throughput", "{:,.0f}", run.median("tokens_per_second"), "tokens per second, median"),
-        ("MFU", "{:.1%}", run.median("mfu"), "of peak FLOP/s, median"),
+        ("MFU", "{:.1%}", run.median("mfu"), "of the matrix rate measured here"),
         ("memory", "{:,.0f} MB", max((v for _, v in run.points("memory_mb")), default=None), "peak"),
         ("expert load", "{0[0]:.2f} to {0[1]:.2f}", (min(loads), max(loads)) if loads else None, "1 is a fair share"),
     ]
@@ -350,7 +350,10 @@ def _samples(run: _Run) -> str:
 
 
 def _data_table(run: _Run) -> str:
-    rows = [("documents read", "{:,}", run.last("documents")), ("cut in pieces", "{:,}", run.last("documents_cut"))]
+    rows = [
+        ("documents read, whole windows of all epochs", "{:,}", run.last("documents")),
+        ("cut in pieces", "{:,}", run.last("documents_cut")),
+    ]
     rows += [(f"skipped: {reason}", "{:,}", count) for reason, count in (run.last("skipped") or {}).items()]
     rows += [("padding", "{:.2%}", run.last("padding")), ("steps skipped", "{:,}", run.last("skipped_steps"))]
     known = [(name, form.format(value)) for name, form, value in rows if value is not None]

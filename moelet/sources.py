@@ -128,6 +128,9 @@ def _below(path: Path) -> Iterator[Path]:
             raise UserError(f"{path} doesn't end in {', '.join(ENDINGS)}. Convert it, or take it out of data.files.")
         yield path
     for folder, subfolders, names in os.walk(path):
+        if ".lock" in names:  # a run's folder: what it writes must not become what it reads
+            subfolders.clear()
+            continue
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         yield from (Path(folder, name) for name in names if name.endswith(ENDINGS))
 

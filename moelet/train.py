@@ -6,6 +6,7 @@ save, stop on request.
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import time
@@ -16,16 +17,20 @@ from types import FrameType
 from typing import Any
 
 from moelet import checkpoint
+from moelet.attention import ATTENTION
 from moelet.checkpoint import HPARAMS, TOKENIZER, load_run_settings, write_file
 from moelet.console import Progress, progress_line, table
 from moelet.data import Prefetch, Validation, read_validation, training_batches, training_texts
 from moelet.errors import Interrupted, TemporaryError, UserError, pick
 from moelet.evaluate import evaluate
+from moelet.experts import ACTIVATIONS, BACKENDS
 from moelet.generate import Sampling, stream_text
 from moelet.hparams import Hparams, read_hparams
 from moelet.loss import BALANCE, bits_per_byte
-from moelet.metrics import METRICS_FILE, append_metrics, cut_metrics, matrix_rate, peak_memory_mb
+from moelet.metrics import METRICS_FILE, append_metrics, cut_metrics, matrix_rate, peak_memory_mb, sync_metrics
+from moelet.moe import ROUTERS
 from moelet.optim import OPTIMIZERS, SCHEDULES
+from moelet.precision import choose_device, choose_dtype
 from moelet.sources import SOURCES
 from moelet.step import StepReport, Training, build, restore, snapshot, train_step
 from moelet.tokenizer import Tokenizer
@@ -37,13 +42,29 @@ FREE_SETTINGS = {
 }  # fmt: skip
 
 
-def check_names(hparams: Hparams) -> None:
-    """Raise UserError for a name in the settings that no table holds, before any work."""
+def check(hparams: Hparams) -> None:
+    """Raise UserError, before any work, for a name that no table holds and for what this machine hasn't got."""
     pick(SOURCES, hparams.data.source, "data.source")
     pick(OPTIMIZERS, hparams.optim.optimizer, "optim.optimizer")
     pick(SCHEDULES, hparams.optim.schedule, "optim.schedule")
     if hparams.balance.loss is not None:
         pick(BALANCE, hparams.balance.loss, "balance.loss")
+    pick(ACTIVATIONS, hparams.model.activation, "model.activation")
+    pick(ATTENTION, hparams.model.attention, "model.attention")
+    pick({**BACKENDS, "auto": None}, hparams.model.experts, "model.experts")
+    pick(ROUTERS, hparams.model.router, "model.router")
+    choose_dtype(hparams.train.precision, choose_device(hparams.train.device))
+
+
+def with_whole_paths(hparams: Hparams) -> Hparams:
+    """Return the settings with the files they name as absolute paths, so that the run can go on from anywhere."""
+    data, tokenizer = hparams.data, hparams.tokenizer
+    if data.files is not None:
+        names = [data.files] if isinstance(data.files, str) else data.files
+        data = data.model_copy(update={"files": [os.path.abspath(name) for name in names]})
+    if tokenizer.file is not None:
+        tokenizer = tokenizer.model_copy(update={"file": os.path.abspath(tokenizer.file)})
+    return hparams.model_copy(update={"data": data, "tokenizer": tokenizer})
 
 
 def make_tokenizer(hparams: Hparams) -> Tokenizer:
@@ -60,7 +81,8 @@ def identity(hparams: Hparams, tokenizer: Tokenizer) -> dict[str, str]:
     settings = hparams.model_dump(mode="json", exclude={"train": FREE_SETTINGS})
     source = pick(SOURCES, hparams.data.source, "data.source").fingerprint(hparams.data)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return {"settings": digest, "tokenizer": tokenizer.fingerprint, "data": source}
+    marks = {"settings": digest, "model": hparams.model.fingerprint}
+    return {**marks, "tokenizer": tokenizer.fingerprint, "data": source}
 
 
 def start(hparams: Hparams, run: Path, progress: Progress) -> None:
@@ -69,7 +91,7 @@ def start(hparams: Hparams, run: Path, progress: Progress) -> None:
     Raises UserError before any work when the settings don't fit, or the folder holds a complete checkpoint or files
     that are not a run's.
     """
-    check_names(hparams)
+    check(hparams)
     if run.is_dir() and any(run.iterdir()) and not (run / checkpoint.LOCK).exists():
         raise UserError(
             f"{run} holds files that are not a run's. A new run needs a folder that is empty or not there yet. Give "
@@ -81,7 +103,7 @@ def start(hparams: Hparams, run: Path, progress: Progress) -> None:
                 f"{run} holds a run with checkpoints. A new run needs a folder of its own: give another --run, or go "
                 f"on with this one: python -m moelet train --resume {run}"
             )
-        train(_fresh(hparams, run), run, progress)
+        train(_fresh(with_whole_paths(hparams), run), run, progress)
 
 
 def _fresh(hparams: Hparams, run: Path) -> Training:
@@ -103,8 +125,8 @@ def resume(run: Path, changes: Sequence[str], progress: Progress) -> None:
     if not (run / HPARAMS).is_file():
         raise UserError(f"{run} is not a run folder: it holds no {HPARAMS}. Give the folder of a run to resume.")
     with checkpoint.lock(run):
-        hparams = read_hparams(run / HPARAMS, changes)
-        check_names(hparams)
+        hparams = with_whole_paths(read_hparams(run / HPARAMS, changes))
+        check(hparams)
         if checkpoint.checkpoint_steps(run):
             training = _restored(hparams, run, progress)
             progress.say(f"resumed at step {training.step} of {hparams.total_steps}")
@@ -167,6 +189,7 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         received.append(number)
+        os.write(2, b"\nstopping after this step; again to stop at once, unsaved\n")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -251,6 +274,7 @@ class Session:
         training = self.training
         if self.saved_at == training.step:
             return
+        sync_metrics(self.run)
         checkpoint.save(self.run, snapshot(training, self.marks))
         self.saved_at = training.step
         best = None if training.best is None else int(training.best["step"])

@@ -455,13 +455,17 @@ def test_a_file_in_the_place_of_the_run_folder_is_explained(tmp_path: Path) -> N
 # load()
 
 
+def marks_of(training: Training) -> dict[str, str]:
+    return {"tokenizer": training.tokenizer.fingerprint, "model": training.hparams.model.fingerprint}
+
+
 @pytest.fixture
 def trained(tmp_path: Path, tiny_settings: TinySettings, tokenizer: Tokenizer) -> tuple[Path, Training]:
     training = build(make_hparams(tiny_settings()), tokenizer)
     training.step = 3
     checkpoint.write_file(tmp_path / "hparams.json", training.hparams.to_json().encode())
     tokenizer.save(tmp_path / "tokenizer.model")
-    checkpoint.save(tmp_path, snapshot(training, {"tokenizer": tokenizer.fingerprint}))
+    checkpoint.save(tmp_path, snapshot(training, marks_of(training)))
     return tmp_path, training
 
 
@@ -488,7 +492,7 @@ def test_the_tied_table_is_saved_once(trained: tuple[Path, Training]) -> None:
 def test_load_falls_back_to_the_checkpoint_before(trained: tuple[Path, Training]) -> None:
     run, training = trained
     training.step = 4
-    checkpoint.save(run, snapshot(training, {"tokenizer": training.tokenizer.fingerprint}))
+    checkpoint.save(run, snapshot(training, marks_of(training)))
     assert checkpoint.load(run).step == 4
     flip(folder(run, 4) / "model.safetensors", random.Random(0))
     assert checkpoint.load(run).step == 3
@@ -503,19 +507,21 @@ def test_load_explains_what_it_cannot_load(trained: tuple[Path, Training], tmp_p
 
     other = Tokenizer.train(["other words entirely " * 99], 300)
     checkpoint.write_file(run / "tokenizer.model", other.model_bytes)
-    with pytest.raises(UserError, match=r"tokenizer.model isn't the tokenizer.*Restore"):
+    with pytest.raises(UserError, match=r"tokenizer.model isn't the one that the model was trained with.*Restore"):
         checkpoint.load(run)
     training.tokenizer.save(run / "tokenizer.model")
 
-    wider = training.hparams.to_json().replace('"d_ff": 64', '"d_ff": 128')
-    checkpoint.write_file(run / "hparams.json", wider.encode())
-    with pytest.raises(UserError, match=r"hparams.json isn't that of the saved model \(size mismatch.*Restore"):
-        checkpoint.load(run)
+    for old, new in (('"d_ff": 64', '"d_ff": 128'), ('"embed_scale": 1.0', '"embed_scale": 2.0')):
+        edited = training.hparams.to_json().replace(old, new)
+        assert edited != training.hparams.to_json()
+        checkpoint.write_file(run / "hparams.json", edited.encode())
+        with pytest.raises(UserError, match=r"hparams.json isn't the one that the model was trained with.*Restore"):
+            checkpoint.load(run)
     checkpoint.write_file(run / "hparams.json", training.hparams.to_json().encode())
 
     delete(folder(run, 3) / "optimizer.safetensors", random.Random())
-    with pytest.raises(UserError, match=r"holds no model to load.*step 3 passed over: optimizer.*missing.*--resume"):
+    with pytest.raises(UserError, match=r"no model that verifies.*step 3 passed over: optimizer.*missing.*Restore"):
         checkpoint.load(run)
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(UserError, match="no complete checkpoint yet.*--resume"):
+    with pytest.raises(UserError, match="no checkpoint yet.*--resume"):
         checkpoint.load(run)

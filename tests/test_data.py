@@ -52,14 +52,13 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the small texts are cut, and the file of 9000 characters is even read in parts."""
-    monkeypatch.setattr(data, "PIECE_CHARS", 400)
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the file of 9000 characters is read in parts."""
     monkeypatch.setattr(sources, "PART", 4096)
 
 
 def settings(folder: Path, **changes: Any) -> DataSettings:
-    given = {"shuffle_window": 16, "validation_fraction": 0.1, **changes}
+    given = {"shuffle_window": 16, "piece_chars": 400, "validation_fraction": 0.1, **changes}
     return DataSettings(source="files", files=str(folder), **given)
 
 
@@ -116,7 +115,7 @@ def test_pieces_join_back_to_the_document() -> None:
     for size in [0, 1, 399, 400, 401, 800, 5000]:
         for text in (prose(draw, size)[:size], "x" * size, "line\n" * (size // 5), "é" * size):
             for ends in (True, False):
-                pieces = data.cut(Document(text, "name", True, ends))
+                pieces = data.cut(Document(text, "name", True, ends), 400)
                 assert "".join(piece.text for piece in pieces) == text
                 assert all(0 < len(piece.text) <= 400 for piece in pieces)
                 assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [ends] * bool(pieces)
@@ -124,11 +123,11 @@ def test_pieces_join_back_to_the_document() -> None:
 
 
 def test_pieces_are_cut_behind_a_line_end_or_else_a_space() -> None:
-    lines = data.cut(Document("a word\n" * 200, "name"))
+    lines = data.cut(Document("a word\n" * 200, "name"), 400)
     assert len(lines) > 2 and all(piece.text.endswith("\n") for piece in lines)
-    words = data.cut(Document("word " * 200, "name"))
+    words = data.cut(Document("word " * 200, "name"), 400)
     assert len(words) > 2 and all(piece.text.endswith(" ") for piece in words)
-    assert [len(piece.text) for piece in data.cut(Document("x" * 900, "name"))] == [400, 400, 100]
+    assert [len(piece.text) for piece in data.cut(Document("x" * 900, "name"), 400)] == [400, 400, 100]
 
 
 def test_what_is_held_out_depends_on_the_text_alone() -> None:
@@ -186,7 +185,7 @@ def test_one_file_too_comes_in_another_order_every_epoch(
     assert len(pieces_of(given, "train")) > 10
     assert len({tuple(pieces_of(given, "train", seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
 
-    monkeypatch.setattr(data, "PIECE_CHARS", 10**6)
+    given = settings(texts / "a.txt", shuffle_window=10_000, validation_fraction=1e-9, piece_chars=10**6)
     assert len(pieces_of(given, "train")) == 1
     orders = []
     for seed in (0, 1):
@@ -374,7 +373,7 @@ def test_data_without_text_is_explained_with_reasons(tmp_path: Path, tokenizer: 
         lambda: list(data.training_texts(given, 0)),
         lambda: read_validation(given, tokenizer, None, "validation"),
     ):
-        with pytest.raises(UserError, match=r"no text.*\(.*empty: 3, invalid JSON: 1"):
+        with pytest.raises(UserError, match=r"no text \(empty: 3, invalid JSON: 1"):
             read()
     with pytest.raises(UserError, match=r"data.files"):
         next(stream(given, tokenizer))
@@ -382,11 +381,11 @@ def test_data_without_text_is_explained_with_reasons(tmp_path: Path, tokenizer: 
 
 def test_no_text_for_one_of_the_splits_is_explained(texts: Path, tokenizer: Tokenizer) -> None:
     nothing_held_out = settings(texts, validation_fraction=1e-9)
-    with pytest.raises(UserError, match=r"no text is held out.*documents: \d+.*1e-09.*Raise data.validation_fraction"):
+    with pytest.raises(UserError, match=r"the validation split holds no text.*documents: \d+.*Lower data.piece_chars"):
         read_validation(nothing_held_out, tokenizer, 100, "validation")
     all_held_out = settings(texts, validation_fraction=1 - 1e-9)
     for read in (lambda: next(stream(all_held_out, tokenizer)), lambda: list(data.training_texts(all_held_out, 0))):
-        with pytest.raises(UserError, match=r"no text to train on \(.*documents.*lower data.validation_fraction"):
+        with pytest.raises(UserError, match=r"the train split holds no text.*documents.*Lower data.piece_chars"):
             read()
 
 
