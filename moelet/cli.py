@@ -1,7 +1,8 @@
 """The command line: one subcommand per verb, and how each kind of ending becomes an exit code.
 
 0 done; 1 bug; 2 the command line; 75 temporary, run it again; 78 files or settings that don't fit; 130 and 143
-interrupted and saved. Commands import what they need when they run, so that --help is quick.
+interrupted, once training has begun with everything saved. Commands import what they need when they run, so that
+--help is quick.
 """
 
 import errno
@@ -67,12 +68,13 @@ def train(
 def _train_and_report(run: Path, progress: Any, work: Any) -> None:
     """Do `work`, and write the pictures of what there is to see, also when it was interrupted."""
     from moelet.console import printable
+    from moelet.metrics import METRICS_FILE
     from moelet.report import read_metrics, write_loss_curve, write_report
 
     try:
         work()
     except Interrupted:
-        if (run / "metrics.jsonl").exists() and read_metrics(run):
+        if (run / METRICS_FILE).exists() and read_metrics(run):
             write_loss_curve(run)
             write_report(run)
         raise

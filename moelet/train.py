@@ -77,8 +77,12 @@ def make_tokenizer(hparams: Hparams) -> Tokenizer:
 
 
 def identity(hparams: Hparams, tokenizer: Tokenizer) -> dict[str, str]:
-    """Return the fingerprints that a checkpoint and the run resuming it must share."""
-    settings = hparams.model_dump(mode="json", exclude={"train": FREE_SETTINGS})
+    """Return the fingerprints that a checkpoint and the run resuming it must share.
+
+    Where files lie doesn't count, only what is in them: text and tokenizer have fingerprints of their own.
+    """
+    moved = {"train": FREE_SETTINGS, "data": {"files"}, "tokenizer": {"file"}}
+    settings = hparams.model_dump(mode="json", exclude=moved)
     source = pick(SOURCES, hparams.data.source, "data.source").fingerprint(hparams.data)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     marks = {"settings": digest, "model": hparams.model.fingerprint}

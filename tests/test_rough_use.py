@@ -43,6 +43,20 @@ def test_a_run_goes_on_from_another_directory(project: Path, monkeypatch: pytest
     assert main(["evaluate", "../run", "--json", "result.json"]) == 0
 
 
+def test_a_run_goes_on_with_its_text_moved_but_not_with_another(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--run", "run"]) == 0
+    (project / "moved").mkdir()
+    moved = (project / "book.txt").rename(project / "moved" / "book.txt")
+    resume = ["train", "--resume", "run", "--set", f"data.files={moved}"]
+    assert main(resume) == 0
+    moved.write_text(moved.read_text() + "One line more.\n")
+    capsys.readouterr()
+    assert main(resume) == 78
+    assert "data: the run has" in capsys.readouterr().err
+
+
 def test_a_run_inside_the_data_folder_does_not_become_data(project: Path) -> None:
     assert main(["train", "--run", "runs/a", "--set", "data.files=."]) == 0
     assert main(["train", "--resume", "runs/a"]) == 0
