@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moelet.documents import Cursor, Document, Skipped
 from moelet.errors import UserError, pick
 from moelet.hparams import DataSettings
 from moelet.loss import IGNORE
-from moelet.sources import SOURCES, Cursor, Document, Skipped
+from moelet.sources import SOURCES
 from moelet.tokenizer import Tokenizer
 
 PREFETCH_BATCHES = 4

@@ -87,18 +87,16 @@ class TokenizerSettings(Section):
     sample_bytes: int = Field(10_000_000, ge=1, description="text that the tokenizer is trained on, in bytes")
 
 
-class DataSettings(Section):
+class SourceSettings(Section):
+    """Where text comes from. Which of these count depends on `source`."""
+
     source: str = Field("embedded", description="a name in sources.SOURCES")
     files: str | list[str] | None = Field(None, description="for source files: paths, globs or folders")
     dataset: str | None = Field(None, description="for source hub: repository or local folder of a dataset")
     name: str | None = Field(None, description="for source hub: the dataset's configuration (not its split)")
     split: str = Field("train", description="for source hub: the split")
-    revision: str | None = Field(None, description="for source hub: branch, tag or commit")
-    text_field: str = Field("text", description="the field that holds the text, in .jsonl files and hub rows")
-    shuffle_window: int = Field(4096, ge=1, description="pieces of text read, and their rows shuffled, together")
-    piece_chars: int = Field(8192, ge=16, description="longer documents are cut: the unit of the held-out split")
-    packing: bool = Field(True, description="fill every row with documents end to end; false: one padded piece a row")
-    validation_fraction: float = Field(0.05, gt=0, lt=1, description="share of the text held out, chosen by its hash")
+    revision: str | None = Field(None, description="for source hub: branch, tag or commit; a run notes the commit")
+    text_field: str = Field("text", description="the field that holds the text, in .jsonl, .parquet and hub rows")
 
     @model_validator(mode="after")
     def _source_has_what_it_needs(self) -> Self:
@@ -106,6 +104,33 @@ class DataSettings(Section):
             raise ValueError('source is "files" and files is null. Set data.files to a path, a glob or a list of them.')
         if self.source == "hub" and not self.dataset:
             raise ValueError('source is "hub" and dataset is null. Set data.dataset, such as "Zyphra/Zyda-2".')
+        return self
+
+
+class MixedSource(SourceSettings):
+    """One source of a mix."""
+
+    weight: float = Field(1.0, gt=0, description="its share of the mix, relative to the other weights")
+
+
+class DataSettings(SourceSettings):
+    mix: list[MixedSource] | None = Field(None, description="for source mix: sources, each with its weight")
+    mix_unit: Literal["documents", "characters"] = Field("documents", description="what the weights are shares of")
+    shuffle_window: int = Field(4096, ge=1, description="pieces of text read, and their rows shuffled, together")
+    piece_chars: int = Field(8192, ge=16, description="longer documents are cut: the unit of the held-out split")
+    packing: bool = Field(True, description="fill every row with documents end to end; false: one padded piece a row")
+    mask_documents: bool = Field(False, description="no attention across the documents of a packed row")
+    validation_fraction: float = Field(0.05, gt=0, lt=1, description="share of the text held out, chosen by its hash")
+
+    @model_validator(mode="after")
+    def _mix_has_sources(self) -> Self:
+        if self.source == "mix" and not self.mix:
+            raise ValueError(
+                'source is "mix" and mix is empty. Set data.mix to a list of sources, such as '
+                '[{"source": "files", "files": "a.txt", "weight": 2}, {"source": "embedded", "weight": 1}].'
+            )
+        if any(part.source == "mix" for part in self.mix or []):
+            raise ValueError('a source of data.mix is a "mix" itself. Put its sources into data.mix.')
         return self
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moelet.checkpoint import Checkpoint
 from moelet.data import START, Batch
+from moelet.documents import Cursor
 from moelet.errors import UserError, pick
 from moelet.hparams import Hparams
 from moelet.loss import BALANCE, IGNORE, linear_cross_entropy
@@ -23,7 +24,6 @@ from moelet.modelling import GPT
 from moelet.moe import RouterStats, add_stats
 from moelet.optim import OPTIMIZERS, learning_rate
 from moelet.precision import autocast, choose_device, choose_dtype, make_scaler
-from moelet.sources import Cursor
 from moelet.tokenizer import Tokenizer
 
 MAX_SKIPS = 20  # fp16 steps skipped in a row: the scale has then fallen by 2^20, which no healthy run needs

@@ -99,10 +99,10 @@ MUTANTS = [
     ),
     Mutant(
         "a split used as the configuration's name",
-        "moelet/sources.py",
+        "moelet/hub.py",
         "name=settings.name",
         "name=settings.split",
-        "tests/test_sources.py",
+        "tests/test_hub.py",
     ),
     Mutant(
         "a saved checkpoint that nothing can load",

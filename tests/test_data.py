@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from moelet import data, sources
+from moelet import data, files, sources
 from moelet.data import START, Batch, Piece, Prefetch, Validation
+from moelet.documents import Cursor, Document, Source
 from moelet.errors import UserError
 from moelet.hparams import DataSettings
 from moelet.loss import IGNORE
-from moelet.sources import Cursor, Document, Source
 from moelet.tokenizer import Tokenizer
 
 LENGTH, SIZE = 32, 8
@@ -54,7 +54,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the file of 9000 characters is read in parts."""
-    monkeypatch.setattr(sources, "PART", 4096)
+    monkeypatch.setattr(files, "PART", 4096)
 
 
 def settings(folder: Path, **changes: Any) -> DataSettings:
@@ -180,7 +180,7 @@ def test_one_file_too_comes_in_another_order_every_epoch(
     texts: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where no order of files helps: the pieces of one file, and the rows of one piece."""
-    monkeypatch.setattr(sources, "PART", 2**20)
+    monkeypatch.setattr(files, "PART", 2**20)
     given = settings(texts / "a.txt", shuffle_window=10_000, validation_fraction=1e-9)
     assert len(pieces_of(given, "train")) > 10
     assert len({tuple(pieces_of(given, "train", seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4

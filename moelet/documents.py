@@ -1,0 +1,57 @@
+"""What a source of text yields: documents, rows without usable text, and where to go on after each.
+
+Every source is a generator of `(item, cursor)`. A cursor is plain JSON data; a source given one yields exactly the
+rest of that pass.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from moelet.errors import UserError
+from moelet.hparams import SourceSettings
+
+Cursor = dict[str, Any]
+
+
+class Document(NamedTuple):
+    """Text, or one part of a long text: only the first part starts and only the last ends the document."""
+
+    text: str
+    name: str
+    starts: bool = True
+    ends: bool = True
+
+
+class Skipped(NamedTuple):
+    """A row without usable text: the reason, and the file and row."""
+
+    reason: str
+    where: str
+
+
+Items = Iterator[tuple[Document | Skipped, Cursor]]
+
+
+class Source(NamedTuple):
+    """`documents(settings, seed, epoch, cursor)` is one pass; `fingerprint(settings)` changes when the text does."""
+
+    documents: Callable[[SourceSettings, int, int, Cursor | None], Items]
+    fingerprint: Callable[[SourceSettings], str]
+
+
+def checked(text: Any, where: str) -> Document | Skipped:
+    """Return the text as a document, or why it isn't one."""
+    if not isinstance(text, str):
+        return Skipped("not text", where)
+    if not text or text.isspace():
+        return Skipped("empty", where)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return Skipped("lone surrogate", where)
+    return Document(text, where)
+
+
+def no_field(where: str, field: str, fields: list[str]) -> UserError:
+    known = ", ".join(map(repr, fields)) or "none"
+    return UserError(f"{where} has no field {field!r}. Its fields are: {known}. Set data.text_field to one of them.")
