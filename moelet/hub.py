@@ -1,66 +1,246 @@
-"""Text from the Hugging Face Hub: any dataset there, streamed."""
+"""Text from the Hugging Face Hub: any dataset there, streamed, whatever the connection does.
+
+The hub's own clients find the files of a configuration and split, and fetch their bytes. Which file comes when, and
+where a pass goes on, is decided here: a pass permutes the files and reads up to LANES of them at once, a row from each
+in turn, so that a window holds all parts of the dataset. A cursor is plain numbers:
+
+    {"lanes": [[file, row group, row], ...] as they are read, "turn": whose row is next, "next": the first file unread}
+
+A parquet file goes on at its row group, so a resume reads one row group a lane, however far the pass has come. Other
+formats are read by `datasets`, which knows no way into the middle of a file: it is read again up to the row.
+"""
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from moelet.documents import Cursor, Items, checked, no_field
 from moelet.errors import TemporaryError, UserError
 from moelet.hparams import SourceSettings
 
+LANES = 10  # files read at once; what `datasets` interleaves by default
+BATCH_ROWS = 256  # rows decoded at once
+PATIENCE = 600.0  # seconds that the hub may be away, after which the run is saved and ends
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between tries, doubling; after the clients' own five tries
+COMMIT = re.compile("[0-9a-f]{40}")
+LONGEST_WORDS = 300  # characters of a client's error that ours repeats
+LOG = logging.getLogger("moelet")
+
+T = TypeVar("T")
+S = TypeVar("S", bound=SourceSettings)
+Place = tuple[int, int]  # row group and row in it, of the next row
+Rows = Iterator[tuple[Any, int, Place]]  # the text, the number of its row in the file, where to go on
+
+
+class _Dataset(NamedTuple):
+    """The files of one split, and how to read each from a place."""
+
+    files: list[str]
+    rows: Callable[[int, Place], Rows]
+
 
 def read_hub(settings: SourceSettings, seed: int, epoch: int, cursor: Cursor | None) -> Items:
-    """A cursor is the stream's own state, exact because its shuffle buffer holds one row, and the rows read."""
-    logging.getLogger("datasets.iterable_dataset").addFilter(_is_no_false_alarm)
-    row = cursor["row"] if cursor else 0
-    with _hub_errors(settings):
-        import datasets
-
-        rows = datasets.load_dataset(
-            settings.dataset, name=settings.name, split=settings.split, revision=settings.revision, streaming=True
-        )
-        fields = rows.column_names or list(next(iter(rows), {settings.text_field: None}))
-        if settings.text_field not in fields:
-            raise no_field(f"dataset {settings.dataset}", settings.text_field, fields)
-        rows = rows.select_columns([settings.text_field])
-        rows = rows.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=10)  # mixes up to 10 files, row by row
-        rows.set_epoch(epoch)
-        if cursor:
-            rows.load_state_dict(cursor["stream"])
-        for record in rows:
-            row += 1
-            item = checked(record[settings.text_field], f"{settings.dataset}:{row}")
-            yield item, {"stream": rows.state_dict(), "row": row}
+    """Yield the rows of all files of the split, those of up to LANES files in turn."""
+    dataset = _persevere(lambda: _find(settings), settings)
+    order = np.random.default_rng([seed, epoch]).permutation(len(dataset.files)).tolist()
+    lanes: list[list[int]] = [list(lane) for lane in cursor["lanes"]] if cursor else [[k, 0, 0] for k in order[:LANES]]
+    turn, unread = (cursor["turn"], cursor["next"]) if cursor else (0, len(lanes))
+    readers: dict[int, Rows] = {}  # by file
+    while lanes:
+        turn %= len(lanes)
+        lane = lanes[turn]
+        found = _persevere(lambda: _next_row(dataset, readers, lane), settings)  # noqa: B023  called at once
+        if found is None:
+            lanes[turn : turn + 1] = [[order[unread], 0, 0]] if unread < len(order) else []
+            unread += 1
+            continue
+        text, row, (lane[1], lane[2]) = found
+        turn += 1
+        item = checked(text, f"{dataset.files[lane[0]]}:{row}")
+        yield item, {"lanes": [list(lane) for lane in lanes], "turn": turn, "next": unread}
 
 
-def _is_no_false_alarm(record: logging.LogRecord) -> bool:
-    """Drop the warning that a shuffle buffer's content is lost at a resume: ours holds one row, already yielded."""
-    return "state dict of a shuffle buffer" not in record.getMessage()
+def _next_row(dataset: _Dataset, readers: dict[int, Rows], lane: list[int]) -> tuple[Any, int, Place] | None:
+    """Return the lane's next row, None at its file's end; after an error the next call opens the file anew."""
+    file, group, row = lane
+    reader = readers.pop(file, None) or dataset.rows(file, (group, row))
+    found = next(reader, None)
+    if found is not None:
+        readers[file] = reader
+    return found
 
 
-@contextmanager
-def _hub_errors(settings: SourceSettings) -> Iterator[None]:
-    """Turn what `datasets` raises into UserError (the settings are wrong) or TemporaryError (no connection)."""
+def _find(settings: SourceSettings) -> _Dataset:
+    """Return the dataset that the settings name. Raises what the clients raise, and UserError for a missing field."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(settings.dataset, name=settings.name, revision=settings.revision)
+    files = (builder.config.data_files or {}).get(settings.split)
+    if files and all(str(file).endswith(".parquet") for file in files):
+        _require_field(_parquet_fields(str(files[0])), settings)
+        return _Dataset([str(file) for file in files], lambda k, place: _parquet_rows(files[k], settings, place))
+    stream = builder.as_streaming_dataset(split=settings.split)  # raises for a split that isn't there
+    _require_field(stream.column_names or list(next(iter(stream), {settings.text_field: None})), settings)
+    count = stream.num_shards
+    names = [str(file) for file in files] if files and len(files) == count else []
+    names = names or [f"{settings.dataset}, file {k}" for k in range(count)]
+    return _Dataset(names, lambda k, place: _stream_rows(stream.shard(count, k), settings, place))
+
+
+def _require_field(fields: list[str], settings: SourceSettings) -> None:
+    if settings.text_field not in fields:
+        raise no_field(f"dataset {settings.dataset}", settings.text_field, fields)
+
+
+def _parquet_fields(url: str) -> list[str]:
+    import fsspec
+    from pyarrow import parquet
+
+    with fsspec.open(url, "rb") as file:
+        return list(parquet.read_schema(file).names)
+
+
+def _parquet_rows(url: str, settings: SourceSettings, place: Place) -> Rows:
+    """Yield the rows of a parquet file from `place` on, reading its footer and the row groups from there."""
+    import fsspec
+    from pyarrow import parquet
+
+    first, skip = place
+    with fsspec.open(url, "rb") as file:
+        table = parquet.ParquetFile(file, buffer_size=2**20)  # bytes at a time, not a whole column of a row group
+        number = sum(table.metadata.row_group(group).num_rows for group in range(first)) + skip
+        for group in range(first, table.num_row_groups):
+            row = 0
+            for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=[settings.text_field]):
+                texts = batch.column(0).slice(max(0, skip - row)).to_pylist() if skip < row + len(batch) else []
+                row += len(batch) - len(texts)
+                for text in texts:
+                    row, number = row + 1, number + 1
+                    yield text, number, (group, row)
+            skip = 0
+
+
+def _stream_rows(stream: Any, settings: SourceSettings, place: Place) -> Rows:
+    """Yield the rows of one file of a dataset in another format; the rows before `place` are read and dropped."""
+    rows = stream.select_columns([settings.text_field])
+    for row, record in enumerate(islice(rows, place[1], None), place[1] + 1):
+        yield record[settings.text_field], row, (0, row)
+
+
+def _persevere(work: Callable[[], T], settings: SourceSettings) -> T:
+    """Return what `work` returns, tried again for up to PATIENCE seconds while the hub is away.
+
+    The pauses double, with jitter, or are what the hub asks for. Raises UserError where waiting doesn't help, and
+    TemporaryError when patience is over.
+    """
+    began, pause = time.monotonic(), FIRST_PAUSE
+    while True:
+        try:
+            return work()
+        except UserError:
+            raise
+        except Exception as error:
+            if (mistake := _mistake(error, settings)) is not None:
+                raise mistake from error
+            if not _may_pass(error):
+                raise
+            waited, words = time.monotonic() - began, _words(error)
+            wait = max(pause * random.uniform(0.5, 1.5), _asked_to_wait(error))
+            if waited + wait > PATIENCE:
+                raise TemporaryError(
+                    f"{_named(settings)} can't be reached now ({words}), tried for {waited:.0f} s. Nothing is lost: "
+                    "run the same command again, or go on with the run later."
+                ) from error
+        LOG.warning(f"{settings.dataset} can't be reached ({words}); trying again in {wait:.1f} s")
+        time.sleep(wait)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Return whether this is the world's fault, not the program's: the connection, or bytes that make no sense."""
     from huggingface_hub import errors
+    from pyarrow import ArrowException
 
     http_error: type[Exception] = getattr(errors, "HTTPError")  # noqa: B009  that of whichever HTTP client it uses
-    given = f"data.dataset is {settings.dataset!r}, name {settings.name!r}, split {settings.split!r}"
-    try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, FileNotFoundError) as error:
-        reason = " ".join(str(error).split())
-        blamed = {"Bad split": "split", "BuilderConfig": "name", "Config name": "name"}
-        setting = next((setting for words, setting in blamed.items() if reason.startswith(words)), "dataset")
-        raise UserError(f"{given}. That doesn't fit: {reason} Set data.{setting}.") from error
-    except (OSError, http_error) as error:
-        raise TemporaryError(f"{given} can't be reached now ({error}). Run the same command again.") from error
+    return isinstance(error, (OSError, EOFError, http_error, ArrowException))
+
+
+def _mistake(error: Exception, settings: SourceSettings) -> UserError | None:
+    """Return what to tell the user where no waiting helps: the settings are wrong, or the hub refuses."""
+    from huggingface_hub import constants
+    from pyarrow import ArrowException
+
+    if constants.HF_HUB_OFFLINE and isinstance(error, ConnectionError):
+        return UserError(f"{_named(settings)}, and HF_HUB_OFFLINE is set. The hub is needed. Unset that variable.")
+    status = next((found for response in _responses(error) if (found := response.status_code)), None)
+    if status in (401, 403):
+        return UserError(
+            f"{_named(settings)}, and the hub refuses access ({_words(error)}). It may be private or gated: accept its "
+            "terms on its page and log in with `hf auth login`, or set data.dataset to another."
+        )
+    wrong = isinstance(error, (ValueError, FileNotFoundError)) and not isinstance(error, ArrowException)
+    if status != 404 and (status is not None or not wrong):
+        return None
+    blamed = {"Bad split": "split", "BuilderConfig": "name", "Config name": "name", "Revision": "revision"}
+    setting = next((setting for words, setting in blamed.items() if _words(error).startswith(words)), "dataset")
+    return UserError(f"{_named(settings)}. That doesn't fit: {_words(error)} Set data.{setting}.")
+
+
+def _responses(error: BaseException) -> Iterator[Any]:
+    """Yield the HTTP responses behind an error, its own and those of the errors that caused it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if (response := getattr(cause, "response", None)) is not None:
+            yield response
+        cause = cause.__cause__ or cause.__context__
+
+
+def _asked_to_wait(error: Exception) -> float:
+    """Return the seconds that the hub's Retry-After asks for; 0 where it asks for none."""
+    for response in _responses(error):
+        value = str(response.headers.get("retry-after", ""))
+        if value.isdecimal():
+            return float(value)
+        with suppress(ValueError):
+            return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    return 0.0
+
+
+def _words(error: Exception) -> str:
+    """Return an error in one line, without the links that clients append."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= LONGEST_WORDS else f"{words[:LONGEST_WORDS]}..."
+
+
+def _named(settings: SourceSettings) -> str:
+    return f"data.dataset is {settings.dataset!r}, name {settings.name!r}, split {settings.split!r}"
+
+
+def pin_hub(settings: S) -> S:
+    """Return the settings with the commit that their revision means today, so that the text never changes on the way.
+
+    A local folder has none. Raises UserError and TemporaryError as reading does.
+    """
+    if Path(str(settings.dataset)).exists() or COMMIT.fullmatch(settings.revision or ""):
+        return settings
+    from huggingface_hub import HfApi
+
+    found = _persevere(lambda: HfApi().dataset_info(str(settings.dataset), revision=settings.revision), settings)
+    return settings.model_copy(update={"revision": found.sha})
 
 
 def fingerprint_hub(settings: SourceSettings) -> str:
-    """The names alone: the commit behind a branch is known only once the network answered. Set data.revision to pin."""
+    """The names alone, the commit among them once a run has pinned it."""
     names = [settings.dataset, settings.name, settings.split, settings.revision, settings.text_field]
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()
