@@ -27,7 +27,7 @@ from moelet.documents import Cursor, Document, Skipped
 from moelet.errors import UserError, pick
 from moelet.hparams import DataSettings
 from moelet.loss import IGNORE
-from moelet.sources import SOURCES
+from moelet.sources import SOURCES, mix_shares
 from moelet.tokenizer import Tokenizer
 
 PREFETCH_BATCHES = 4
@@ -135,10 +135,24 @@ def _read_window(
             whole = cut(item, settings.piece_chars)
             counts["documents"] += 1 if item.ends else 0
             counts["cut in pieces"] += 1 if len(whole) > 1 and item.ends else 0
+            if settings.mix:
+                counts[f"mix {item.part} documents"] += int(item.ends)
+                counts[f"mix {item.part} characters"] += len(item.text)
             pieces += [piece for piece in whole if keep(piece.text)]
         if len(pieces) >= settings.shuffle_window:
             return pieces, cursor
     return pieces, None
+
+
+def reading_report(settings: DataSettings, cursor: Cursor) -> dict[str, Any]:
+    """Return what was read up to the cursor: documents, those cut, rows skipped by reason, padding, shares of a mix."""
+    counts = dict(cursor["read"])
+    report = {"documents": counts.pop("documents", 0), "documents_cut": counts.pop("cut in pieces", 0)}
+    if settings.mix:
+        units = ("documents", "characters")
+        read = ([counts.pop(f"mix {k} {unit}", 0) for k in range(len(settings.mix))] for unit in units)
+        report["mix"] = mix_shares(settings, *read)
+    return {**report, "skipped": counts, "padding": cursor["padding"] / max(1, cursor["positions"])}
 
 
 def epochs(settings: DataSettings, seed: int, at: Cursor) -> Iterator[tuple[list[Piece], Cursor]]:

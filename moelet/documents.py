@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from moelet.errors import UserError
-from moelet.hparams import SourceSettings
 
 Cursor = dict[str, Any]
 
@@ -20,6 +19,7 @@ class Document(NamedTuple):
     name: str
     starts: bool = True
     ends: bool = True
+    part: int = 0  # of a mix: which of its sources it is from
 
 
 class Skipped(NamedTuple):
@@ -33,10 +33,15 @@ Items = Iterator[tuple[Document | Skipped, Cursor]]
 
 
 class Source(NamedTuple):
-    """`documents(settings, seed, epoch, cursor)` is one pass; `fingerprint(settings)` changes when the text does."""
+    """A kind of source, as functions of its settings.
 
-    documents: Callable[[SourceSettings, int, int, Cursor | None], Items]
-    fingerprint: Callable[[SourceSettings], str]
+    `documents(settings, seed, epoch, cursor)` is one pass; `fingerprint(settings)` changes when the text does;
+    `pin(settings)` makes explicit what could mean something else tomorrow or elsewhere.
+    """
+
+    documents: Callable[[Any, int, int, Cursor | None], Items]
+    fingerprint: Callable[[Any], str]
+    pin: Callable[[Any], Any] = lambda settings: settings
 
 
 def checked(text: Any, where: str) -> Document | Skipped:

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ PART = 16 * 2**20  # bytes of a text file held at once
 LARGEST_ROW = 256 * 2**20  # bytes of a .jsonl row; ten thousand books
 SAMPLE = 64 * 2**10  # bytes at either end of a file that its fingerprint reads
 
+S = TypeVar("S", bound=SourceSettings)
 Parts = Iterator[tuple[Document | Skipped, int, int]]  # with the bytes, and the rows or parts, read of the file
 
 
@@ -152,3 +153,9 @@ def fingerprint_files(settings: SourceSettings) -> str:
             file.seek(max(0, size - SAMPLE))
             digest.update(file.read(SAMPLE))
     return digest.hexdigest()
+
+
+def pin_files(settings: S) -> S:
+    """Return the settings with absolute paths, so that the run can go on from anywhere."""
+    names = [settings.files] if isinstance(settings.files, str) else settings.files or []
+    return settings.model_copy(update={"files": [os.path.abspath(name) for name in names]})

@@ -273,12 +273,7 @@ def _explain(problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     setting = ".".join(part for part in location if not part.startswith("list[") and part not in ("str", "constrained"))
     if problem["type"] == "extra_forbidden":
-        sections = Hparams.model_fields
-        if len(location) == 1:
-            known = list(sections)
-        else:
-            owner = sections[location[0]].annotation
-            known = list(owner.model_fields) if owner is not None else []
+        known = list(_owner(location).model_fields)
         hint = nearest(location[-1], known) or f" Known here: {', '.join(known)}."
         return f"{setting}: there is no such setting.{hint}"
     if problem["type"] == "value_error":
@@ -296,10 +291,17 @@ def _explain(problem: Any) -> str:
     return f"{setting} is {given}. It must be {need}. Change it{_or_default(location)}."
 
 
+def _owner(location: list[str]) -> Any:
+    """Return the section that the last name of `location` belongs to."""
+    if "mix" in location[:-1]:
+        return MixedSource
+    return Hparams.model_fields[location[0]].annotation if len(location) > 1 else Hparams
+
+
 def _or_default(location: list[str]) -> str:
     """Return ", or leave it out for the default, 4" for a setting that has one."""
-    section = Hparams.model_fields[location[0]].annotation
-    if len(location) < 2 or section is None:
+    if len(location) < 2:
         return ""
-    default = section.model_fields[location[1]].default
+    name = location[3] if "mix" in location[:-1] else location[1]  # ["data", "mix", "0", "weight"]
+    default = _owner(location).model_fields[name].default
     return f", or leave it out for the default, {json.dumps(default)}"

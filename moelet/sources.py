@@ -1,19 +1,25 @@
-"""Where text comes from: the table of sources, and the one that needs nothing.
+"""Where text comes from: the table of sources, the one that needs nothing, and mixes of others.
 
 Seed and epoch permute files, not their rows.
 """
 
 import hashlib
+import json
 import os
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from moelet.documents import Cursor, Items, Skipped, Source, checked
-from moelet.files import fingerprint_files, read_files
-from moelet.hparams import SourceSettings
-from moelet.hub import fingerprint_hub, read_hub
+from moelet.documents import Cursor, Document, Items, Skipped, Source, checked
+from moelet.errors import UserError, pick
+from moelet.files import fingerprint_files, pin_files, read_files
+from moelet.hparams import DataSettings, MixedSource, SourceSettings
+from moelet.hub import fingerprint_hub, pin_hub, read_hub
+
+PASSES = 2**20  # passes over one part of a mix while another has not ended once
 
 
 def _standard_library() -> dict[str, Path | str]:
@@ -53,8 +59,71 @@ def _fingerprint_embedded(settings: SourceSettings) -> str:
     return digest.hexdigest()
 
 
+def read_mix(settings: DataSettings, seed: int, epoch: int, cursor: Cursor | None) -> Items:
+    """Yield documents of all parts, always from the one furthest behind its weight: no share is ever off by more
+    than one document. A part that ends starts over in another order; the pass ends when every part has ended once.
+
+    A cursor holds each part's pass of its own, cursor in it, and what was taken from it, in `mix_unit`.
+    """
+    parts = settings.mix or []
+    fresh = {"pass": 0, "cursor": None, "taken": 0, "empty": True}
+    states: list[Cursor] = [dict(state) for state in cursor["parts"]] if cursor else [dict(fresh) for _ in parts]
+    streams = [_pass_of(part, seed, epoch, state) for part, state in zip(parts, states, strict=True)]
+    while any(state["pass"] == 0 for state in states):
+        k = min(range(len(parts)), key=lambda k: states[k]["taken"] / parts[k].weight)
+        found, state = next(streams[k], None), states[k]
+        if found is None:
+            if state["empty"]:
+                raise UserError(f"source {k} of data.mix ({_label(parts[k])}) holds no text. Take it out, or mend it.")
+            state |= {"pass": state["pass"] + 1, "cursor": None, "empty": True}
+            streams[k] = _pass_of(parts[k], seed, epoch, state)
+            continue
+        item, state["cursor"] = found
+        if isinstance(item, Document):
+            size = len(item.text) if settings.mix_unit == "characters" else int(item.ends)
+            state |= {"taken": state["taken"] + size, "empty": False}
+            item = item._replace(part=k)
+        yield item, {"parts": [dict(state) for state in states]}
+
+
+def _pass_of(part: MixedSource, seed: int, epoch: int, state: Cursor) -> Items:
+    number = epoch * PASSES + state["pass"]  # no pass of one epoch is that of another
+    return pick(SOURCES, part.source, "data.mix.source").documents(part, seed, number, state["cursor"])
+
+
+def _label(settings: SourceSettings) -> str:
+    """Return what a person calls the source."""
+    return str(settings.dataset or settings.files or settings.source)
+
+
+def mix_shares(settings: DataSettings, documents: Sequence[int], characters: Sequence[int]) -> list[dict[str, Any]]:
+    """Return for each part of a mix the share that was asked for and those that it got, given what was read of it."""
+    parts, weights = settings.mix or [], sum(part.weight for part in settings.mix or [])
+    totals = max(1, sum(documents)), max(1, sum(characters))
+    return [
+        {
+            "source": _label(part),
+            "asked": part.weight / weights,
+            "documents": documents[k] / totals[0],
+            "characters": characters[k] / totals[1],
+        }
+        for k, part in enumerate(parts)
+    ]
+
+
+def _fingerprint_mix(settings: DataSettings) -> str:
+    parts = [[part.weight, SOURCES[part.source].fingerprint(part)] for part in settings.mix or []]
+    return hashlib.sha256(json.dumps([settings.mix_unit, parts]).encode()).hexdigest()
+
+
+def _pin_mix(settings: DataSettings) -> DataSettings:
+    parts = [pick(SOURCES, part.source, "data.mix.source").pin(part) for part in settings.mix or []]
+    return settings.model_copy(update={"mix": parts})
+
+
 SOURCES: dict[str, Source] = {
     "embedded": Source(_read_embedded, _fingerprint_embedded),
-    "files": Source(read_files, fingerprint_files),
-    "hub": Source(read_hub, fingerprint_hub),
+    "files": Source(read_files, fingerprint_files, pin_files),
+    "hub": Source(read_hub, fingerprint_hub, pin_hub),
+    "mix": Source(read_mix, _fingerprint_mix, _pin_mix),
 }

@@ -20,7 +20,7 @@ from moelet import checkpoint
 from moelet.attention import ATTENTION
 from moelet.checkpoint import HPARAMS, TOKENIZER, load_run_settings, write_file
 from moelet.console import Progress, progress_line, table
-from moelet.data import Prefetch, Validation, read_validation, training_batches, training_texts
+from moelet.data import Prefetch, Validation, read_validation, reading_report, training_batches, training_texts
 from moelet.errors import Interrupted, TemporaryError, UserError, pick
 from moelet.evaluate import evaluate
 from moelet.experts import ACTIVATIONS, BACKENDS
@@ -45,6 +45,8 @@ FREE_SETTINGS = {
 def check(hparams: Hparams) -> None:
     """Raise UserError, before any work, for a name that no table holds and for what this machine hasn't got."""
     pick(SOURCES, hparams.data.source, "data.source")
+    for part in hparams.data.mix or []:
+        pick(SOURCES, part.source, "data.mix.source")
     pick(OPTIMIZERS, hparams.optim.optimizer, "optim.optimizer")
     pick(SCHEDULES, hparams.optim.schedule, "optim.schedule")
     if hparams.balance.loss is not None:
@@ -56,12 +58,13 @@ def check(hparams: Hparams) -> None:
     choose_dtype(hparams.train.precision, choose_device(hparams.train.device))
 
 
-def with_whole_paths(hparams: Hparams) -> Hparams:
-    """Return the settings with the files they name as absolute paths, so that the run can go on from anywhere."""
-    data, tokenizer = hparams.data, hparams.tokenizer
-    if data.files is not None:
-        names = [data.files] if isinstance(data.files, str) else data.files
-        data = data.model_copy(update={"files": [os.path.abspath(name) for name in names]})
+def pinned(hparams: Hparams) -> Hparams:
+    """Return the settings with all they name made explicit: absolute paths, the commit of a dataset.
+
+    So the run can go on from anywhere, on the same text. Raises UserError and TemporaryError as the source does.
+    """
+    data = pick(SOURCES, hparams.data.source, "data.source").pin(hparams.data)
+    tokenizer = hparams.tokenizer
     if tokenizer.file is not None:
         tokenizer = tokenizer.model_copy(update={"file": os.path.abspath(tokenizer.file)})
     return hparams.model_copy(update={"data": data, "tokenizer": tokenizer})
@@ -81,8 +84,8 @@ def identity(hparams: Hparams, tokenizer: Tokenizer) -> dict[str, str]:
 
     Where files lie doesn't count, only what is in them: text and tokenizer have fingerprints of their own.
     """
-    moved = {"train": FREE_SETTINGS, "data": {"files"}, "tokenizer": {"file"}}
-    settings = hparams.model_dump(mode="json", exclude=moved)
+    places: Any = {"files": True, "mix": {"__all__": {"files"}}}
+    settings = hparams.model_dump(mode="json", exclude={"train": FREE_SETTINGS, "data": places, "tokenizer": {"file"}})
     source = pick(SOURCES, hparams.data.source, "data.source").fingerprint(hparams.data)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     marks = {"settings": digest, "model": hparams.model.fingerprint}
@@ -107,7 +110,7 @@ def start(hparams: Hparams, run: Path, progress: Progress) -> None:
                 f"{run} holds a run with checkpoints. A new run needs a folder of its own: give another --run, or go "
                 f"on with this one: python -m moelet train --resume {run}"
             )
-        train(_fresh(with_whole_paths(hparams), run), run, progress)
+        train(_fresh(pinned(hparams), run), run, progress)
 
 
 def _fresh(hparams: Hparams, run: Path) -> Training:
@@ -129,7 +132,7 @@ def resume(run: Path, changes: Sequence[str], progress: Progress) -> None:
     if not (run / HPARAMS).is_file():
         raise UserError(f"{run} is not a run folder: it holds no {HPARAMS}. Give the folder of a run to resume.")
     with checkpoint.lock(run):
-        hparams = with_whole_paths(read_hparams(run / HPARAMS, changes))
+        hparams = pinned(read_hparams(run / HPARAMS, changes))
         check(hparams)
         if checkpoint.checkpoint_steps(run):
             training = _restored(hparams, run, progress)
@@ -286,18 +289,13 @@ class Session:
 
     def assess(self, row: dict[str, Any]) -> bool:
         """Evaluate, add the results to the metrics row, and return whether the model is the best so far."""
-        training, cursor = self.training, self.training.cursor
+        training = self.training
         result = evaluate(training.model, self.validation, training.dtype)
-        skipped = dict(cursor["read"])
-        documents, documents_cut = (skipped.pop(name, 0) for name in ("documents", "cut in pieces"))
         row |= {
             "val_loss": result.loss,
             "val_bits_per_byte": result.bits_per_byte,
             "gzip_bits_per_byte": self.validation.gzip_bits_per_byte,
-            "documents": documents,
-            "documents_cut": documents_cut,
-            "skipped": skipped,
-            "padding": cursor["padding"] / max(1, cursor["positions"]),
+            **reading_report(training.hparams.data, training.cursor),
         }
         prompt = training.hparams.train.sample_prompt
         if prompt is not None:

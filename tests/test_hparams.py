@@ -132,6 +132,16 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "two lengths": ({"train": {"train_steps": 1, "train_tokens": 1}}, ["both", "train_steps", "Set exactly one"]),
     "files without files": (merged(data={"source": "files"}), ['source is "files"', "files is null", "Set data.files"]),
     "hub without dataset": (merged(data={"source": "hub"}), ['source is "hub"', "dataset is null", "data.dataset"]),
+    "mix without sources": (merged(data={"source": "mix"}), ["mix is empty", "data.mix", "weight"]),
+    "mix of a mix": (merged(data={"source": "mix", "mix": [{"source": "mix"}]}), ['is a "mix" itself', "data.mix"]),
+    "unknown in a mix": (
+        merged(data={"source": "mix", "mix": [{"source": "embedded", "weigth": 1}]}),
+        ["data.mix.0.weigth", "no such setting", "Did you mean 'weight'"],
+    ),
+    "weight in a mix": (
+        merged(data={"source": "mix", "mix": [{"source": "embedded", "weight": 0}]}),
+        ["data.mix.0.weight is 0", "greater than 0", "default, 1.0"],
+    ),
     "not a number": (merged(optim={"lr": float("nan")}), ["optim.lr", "NaN", "finite"]),
     "infinite": (merged(optim={"weight_decay": float("inf")}), ["optim.weight_decay", "Infinity", "finite"]),
     "seed past int64": ({"train": {"train_steps": 1, "seed": 2**80}}, ["train.seed", "1208925819614629174706176"]),
