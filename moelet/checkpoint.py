@@ -222,6 +222,15 @@ def read(run: Path, step: int) -> Checkpoint:
         raise UserError(f"{folder} can't be read ({error}). Resume from an earlier checkpoint: remove it.") from None
 
 
+def read_state(run: Path, step: int) -> dict[str, Any]:
+    """Return the small state of a checkpoint that need not verify; empty where it can't be read."""
+    try:
+        state = json.loads((_folder(run, step) / STATE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
 def retain(run: Path, keep: int, best: int | None) -> None:
     """Remove all but the `keep` newest checkpoints and the best one, and what interrupted saves left behind."""
     steps = checkpoint_steps(run)

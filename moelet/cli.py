@@ -43,26 +43,35 @@ Changes = Annotated[
 def train(
     file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The settings; default: hparams.json.")] = None,
     run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="A new run's folder.")] = None,
-    resume: Annotated[Path | None, typer.Option("--resume", metavar="DIR", help="Go on with this run.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", metavar="DIR", help="Go on with this run; with FILE, begin it if need be."),
+    ] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="End within this time from now, such as 5h or 90m, whatever fits."),
+    ] = None,
     changes: Changes = None,
 ) -> None:
     """Pretrain a model; writes a run folder with checkpoints, metrics, a loss curve and a report."""
-    if resume is not None and (file is not None or run is not None):
-        raise typer.BadParameter("--resume takes the settings from the run folder: leave out FILE and --run.")
+    if resume is not None and run is not None:
+        raise typer.BadParameter("--run begins a run and --resume goes on with one: give one of them.")
     from moelet import train as training
     from moelet.allocator import keep_freed_memory
+    from moelet.budget import parse_duration
     from moelet.console import Progress
     from moelet.hparams import read_hparams
 
+    seconds = None if time_budget is None else parse_duration(time_budget)
     keep_freed_memory()
-    progress = Progress()
-    if resume is not None:
-        _train_and_report(resume, progress, lambda: training.resume(resume, changes or [], progress))
+    progress, changes, began = Progress(), changes or [], time.monotonic()
+    if resume is not None and (file is None or training.is_run(resume)):
+        _train_and_report(resume, progress, lambda: training.resume(resume, changes, progress, began, file, seconds))
         return
     path = file or Path("hparams.json")
-    hparams = read_hparams(path, changes or [])
-    folder = run or Path(hparams.train.run or f"runs/{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
-    _train_and_report(folder, progress, lambda: training.start(hparams, folder, progress))
+    hparams = read_hparams(path, changes + ([] if seconds is None else [f"train.time_budget={seconds}"]))
+    folder = resume or run or Path(hparams.train.run or f"runs/{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    _train_and_report(folder, progress, lambda: training.start(hparams, folder, progress, began))
 
 
 def _train_and_report(run: Path, progress: Any, work: Any) -> None:
@@ -80,6 +89,11 @@ def _train_and_report(run: Path, progress: Any, work: Any) -> None:
         raise
     write_loss_curve(run)
     last = read_metrics(run)[-1]
+    for share in last.get("mix", []):
+        progress.say(
+            f"mix: {share['documents']:.1%} of documents and {share['characters']:.1%} of characters from "
+            f"{share['source']} (asked: {share['asked']:.1%})"
+        )
     if last.get("sample"):
         progress.say("sample:", *(f"    {printable(line)}" for line in last["sample"].split("\n")[:16]))
     if "val_bits_per_byte" in last:

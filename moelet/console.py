@@ -20,17 +20,18 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def progress_line(row: dict[str, Any], total_steps: int, seconds_left: float) -> str:
-    """Return the progress line for one logged step."""
+def progress_line(row: dict[str, Any], total_steps: int | None, seconds_left: float | None) -> str:
+    """Return the progress line for one logged step; None for what isn't known yet."""
     bits = f" {row['bits_per_byte']:.3f} bits/byte" if row["bits_per_byte"] is not None else ""
     loads = [load for layer in row["expert_load"] for load in layer]
     parts = [
-        f"step {row['step']}/{total_steps} {row['step'] / total_steps:4.0%}",
+        f"step {row['step']}" + (f"/{total_steps} {row['step'] / total_steps:4.0%}" if total_steps else ""),
         f"loss {row['loss']:.4f}{bits}",
         f"lr {row['lr']:.1e}",
         f"{row['tokens_per_second']:,.0f} tok/s",
-        f"{duration(seconds_left)} left",
+        *([] if seconds_left is None else [f"{duration(max(0.0, seconds_left))} left"]),
         *([f"experts {min(loads):.2f}-{max(loads):.2f}"] if loads else []),
+        *([f"scale {row['loss_scale']:g}, {row['skipped_steps']} skipped"] if row.get("skipped_steps") else []),
         f"{row['memory_mb']:,.0f} MB",
     ]
     return " | ".join(parts)

@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -31,6 +32,7 @@ from moelet.sources import SOURCES, mix_shares
 from moelet.tokenizer import Tokenizer
 
 PREFETCH_BATCHES = 4
+POLL_SECONDS, LEAVE_SECONDS = 0.1, 2.0  # to see a signal while waiting for data; to wait for the thread at the end
 VALIDATION_WINDOW = 64  # held-out pieces read at once: at 2% held out, 64 take 26 MB of text to find
 START: Cursor = {
     "epoch": 0,
@@ -305,18 +307,30 @@ class Prefetch:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stop.set()
-        while self._thread.is_alive():
-            with_room = not self._queue.empty()
-            if with_room:
+        limit = time.monotonic() + LEAVE_SECONDS  # a hub that is away may hold the thread for minutes
+        while self._thread.is_alive() and time.monotonic() < limit:
+            if not self._queue.empty():
                 self._queue.get_nowait()
             self._thread.join(0.05)
 
     def __next__(self) -> tuple[Batch, Cursor]:
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        batch, cursor = item
-        return batch, cursor
+        found = self.wait(lambda: False)
+        assert found is not None
+        return found
+
+    def wait(self, enough: Callable[[], bool]) -> tuple[Batch, Cursor] | None:
+        """Return the next item, or None as soon as `enough()` while there is none."""
+        while True:
+            try:
+                item = self._queue.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                if enough():
+                    return None
+                continue
+            if isinstance(item, BaseException):
+                raise item
+            batch, cursor = item
+            return batch, cursor
 
     def _fill(self) -> None:
         try:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from moelet.errors import UserError, nearest
 
+LENGTHS = ("train_steps", "train_tokens", "time_budget")  # three ways to say how long a run is
 LONGEST_VALUE = 60  # characters of a wrong value that its message shows
 
 
@@ -165,8 +166,9 @@ class TrainSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     batch_size: int = Field(8, ge=1, description="sequences a micro-step")
     gradient_accumulation: int = Field(1, ge=1, description="micro-steps an optimizer step")
-    train_steps: int | None = Field(None, ge=1, description="optimizer steps; or set train_tokens")
-    train_tokens: int | None = Field(None, ge=1, description="tokens, rounded up to whole steps; or set train_steps")
+    train_steps: int | None = Field(None, ge=1, description="optimizer steps; or set one of the next two")
+    train_tokens: int | None = Field(None, ge=1, description="tokens, rounded up to whole steps")
+    time_budget: float | None = Field(None, gt=0, description="seconds from start to report, of all sessions together")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; null: at the end only")
     eval_tokens: int = Field(65_536, ge=1, description="held-out tokens of an evaluation, about")
@@ -177,9 +179,12 @@ class TrainSettings(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
-        if (self.train_steps is None) == (self.train_tokens is None):
-            given = "neither is" if self.train_steps is None else "both are"
-            raise ValueError(f"{given} set of train_steps and train_tokens. Set exactly one; the other is null.")
+        given = [name for name in LENGTHS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"{' and '.join(given) or 'none'} of {', '.join(LENGTHS)} "
+                f"{'are' if given else 'is'} set. Set exactly one; the others are null."
+            )
         return self
 
 
@@ -199,11 +204,11 @@ class Hparams(Section):
         return self.train.batch_size * self.train.gradient_accumulation * self.model.max_length
 
     @property
-    def total_steps(self) -> int:
-        if self.train.train_steps is not None:
-            return self.train.train_steps
-        assert self.train.train_tokens is not None
-        return math.ceil(self.train.train_tokens / self.tokens_per_step)
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the run; None where a time budget decides that on the way."""
+        if self.train.train_tokens is not None:
+            return math.ceil(self.train.train_tokens / self.tokens_per_step)
+        return self.train.train_steps
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
@@ -263,9 +268,8 @@ def _apply(data: dict[str, Any], change: str) -> None:
     if not isinstance(settings, dict):
         raise UserError(f"section '{section}' is {settings!r}. It must be an object of settings.")
     settings[key] = value
-    clears = {"train.train_steps": "train_tokens", "train.train_tokens": "train_steps"}
-    if name in clears and value is not None:
-        settings[clears[name]] = None
+    if section == "train" and key in LENGTHS and value is not None:
+        settings |= {other: None for other in LENGTHS if other != key}
 
 
 def _explain(problem: Any) -> str:

@@ -51,6 +51,17 @@ def cut_metrics(run: Path, step: int) -> None:
     os.replace(replacement, path)
 
 
+def last_elapsed(run: Path) -> float:
+    """Return the `elapsed` of the last whole line, 0 where there is none."""
+    path = run / METRICS_FILE
+    for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []):
+        try:
+            return float(json.loads(line)["elapsed"])
+        except (ValueError, TypeError, KeyError):
+            continue
+    return 0.0
+
+
 def expert_load(stats: Sequence[RouterStats]) -> list[list[float]]:
     """Return for each layer every expert's share of the assignments, where 1 is the fair share."""
     return [(s.assignments * (len(s.assignments) / s.assignments.sum().clamp(min=1))).tolist() for s in stats]

@@ -48,14 +48,40 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-def learning_rate(settings: OptimSettings, step: int, total_steps: int) -> float:
-    """Return the learning rate of optimizer step `step`, counted from 0, of `total_steps`.
+# [step, total], in order of steps: from that step on, the run is to end after `total` steps. One entry, at step 0, for
+# a run of given length; a time budget plans on the way, and again when the machine turns out slower or faster.
+Plan = list[list[int]]
+
+WARMUP_SHARE = 10  # a plan made during the warm-up leaves it a tenth of the steps left
+
+
+def learning_rate(settings: OptimSettings, step: int, plan: Plan) -> float:
+    """Return the learning rate of optimizer step `step`, counted from 0.
 
     Linear from 0 over the warm-up, so that step warmup_steps - 1 has lr; then the schedule, so that the last step has
-    min_lr. A warm-up longer than the run just never ends.
+    min_lr. A warm-up longer than the run just never ends, but for a plan made on the way. Each plan goes on from
+    where the schedule stands, so that the rate never jumps but at the end of a warm-up cut short.
     """
     decay = pick(SCHEDULES, settings.schedule, "optim.schedule")
-    if step < settings.warmup_steps:
-        return settings.lr * (step + 1) / settings.warmup_steps
-    progress = (step + 1 - settings.warmup_steps) / (total_steps - settings.warmup_steps)
-    return settings.min_lr + (settings.lr - settings.min_lr) * decay(min(1.0, progress))
+    warmup = settings.warmup_steps
+    for made_at, total in plan:
+        if 0 < made_at < warmup:
+            warmup = min(warmup, made_at + (total - made_at) // WARMUP_SHARE)
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    return settings.min_lr + (settings.lr - settings.min_lr) * decay(_progress(step, plan, warmup))
+
+
+def _progress(step: int, plan: Plan, warmup: int) -> float:
+    """Return how far the schedule is at `step`: 0 until the warm-up ends, 1 at the last step."""
+    progress = 0.0
+    for k, (made_at, total) in enumerate(plan):
+        start = max(made_at, warmup)
+        end = max(plan[k + 1][0], warmup) if k + 1 < len(plan) else step + 1
+        made = min(step + 1, end) - start
+        if made <= 0:
+            continue
+        if start + made >= total:
+            return 1.0
+        progress += (1 - progress) * made / (total - start)
+    return progress

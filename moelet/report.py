@@ -112,7 +112,8 @@ def write_loss_curve(run: Path) -> Path:
 def write_report(run: Path) -> Path:
     """Write the run's `report.html`, one file that needs no network; return its path. UserError if it isn't a run."""
     read = _read_run(run)
-    done, total = read.rows[-1]["step"], read.hparams.total_steps
+    done = read.rows[-1]["step"]
+    total = read.rows[-1].get("total_steps") or read.hparams.total_steps or done
     status = "finished" if done >= total else "unfinished"
     panels = "".join(_svg(figure, label) for figure, label in _panels(read))
     body = (
@@ -232,8 +233,9 @@ def _annotate(axes: "Axes", run: _Run, trend: Sequence[Point], valid: Sequence[P
 
 
 def _panels(run: _Run) -> Iterable[tuple["Figure", str]]:
-    """Yield the small charts, each with its name: learning rate, gradient norm, throughput, balance loss."""
+    """Yield the small charts, each with its name: learning rate, gradient norm, throughput, loss scale, balance."""
     names = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per second"}
+    names |= {"loss_scale": "fp16 loss scale"} if run.last("loss_scale") else {}
     for key, name in (names | ({"balance_loss": "balance loss"} if run.last("expert_load") else {})).items():
         if not (points := run.points(key)):
             continue
@@ -357,6 +359,10 @@ def _data_table(run: _Run) -> str:
     rows += [(f"skipped: {reason}", "{:,}", count) for reason, count in (run.last("skipped") or {}).items()]
     rows += [("padding", "{:.2%}", run.last("padding")), ("steps skipped", "{:,}", run.last("skipped_steps"))]
     known = [(name, form.format(value)) for name, form, value in rows if value is not None]
+    form = "{:.1%} of documents, {:.1%} of characters; asked {:.1%}"
+    for share in run.last("mix") or []:
+        got = form.format(*(_number(share.get(key)) for key in ("documents", "characters", "asked")))
+        known.append((f"from {share.get('source')}", got))
     return _section("Data", _table(known)) if known else ""
 
 

@@ -22,7 +22,7 @@ from moelet.loss import BALANCE, IGNORE, linear_cross_entropy
 from moelet.metrics import expert_load
 from moelet.modelling import GPT
 from moelet.moe import RouterStats, add_stats
-from moelet.optim import OPTIMIZERS, learning_rate
+from moelet.optim import OPTIMIZERS, Plan, learning_rate
 from moelet.precision import autocast, choose_device, choose_dtype, make_scaler
 from moelet.tokenizer import Tokenizer
 
@@ -43,10 +43,17 @@ class Training:
     step: int = 0  # optimizer steps made
     tokens: int = 0  # predicted tokens seen
     seconds: float = 0.0  # of training alone
+    elapsed: float = 0.0  # of everything, all sessions together
+    plan: Plan = dataclasses.field(default_factory=list)  # how many steps the run has
     skipped_steps: int = 0  # batches whose fp16 gradients overflowed
     skipped_in_a_row: int = 0
     cursor: Cursor = dataclasses.field(default_factory=lambda: dict(START))
     best: dict[str, float] | None = None  # step and val_loss of the best checkpoint
+
+    @property
+    def total_steps(self) -> int | None:
+        """The steps after which the run ends, None before a time budget knows."""
+        return self.plan[-1][1] if self.plan else None
 
 
 class StepReport(NamedTuple):
@@ -67,7 +74,8 @@ def build(hparams: Hparams, tokenizer: Tokenizer) -> Training:
     torch.manual_seed(hparams.train.seed)
     model = GPT(hparams.model, tokenizer.vocab_size).to(device)
     optimizer = pick(OPTIMIZERS, hparams.optim.optimizer, "optim.optimizer")(model, hparams.optim)
-    return Training(hparams, tokenizer, model, optimizer, make_scaler(dtype, device), device, dtype)
+    plan = [] if hparams.total_steps is None else [[0, hparams.total_steps]]
+    return Training(hparams, tokenizer, model, optimizer, make_scaler(dtype, device), device, dtype, plan=plan)
 
 
 def derived_seed(*parts: int) -> int:
@@ -83,7 +91,7 @@ def train_step(training: Training, micro_batches: list[Batch]) -> StepReport:
     before.
     """
     model, hparams = training.model.train(), training.hparams
-    lr = learning_rate(hparams.optim, training.step, hparams.total_steps)
+    lr = learning_rate(hparams.optim, training.step, training.plan)
     for group in training.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     micro_batches = [batch.to(training.device) for batch in micro_batches]
@@ -201,7 +209,7 @@ def snapshot(training: Training, marks: dict[str, str]) -> Checkpoint:
     return Checkpoint(training.step, training.model.state_dict(), optimizer, state, marks)
 
 
-PROGRESS = ("step", "tokens", "seconds", "skipped_steps", "skipped_in_a_row", "cursor", "best")
+PROGRESS = ("step", "tokens", "seconds", "elapsed", "plan", "skipped_steps", "skipped_in_a_row", "cursor", "best")
 
 
 def restore(training: Training, saved: Checkpoint) -> None:

@@ -1,7 +1,7 @@
 """Training: from settings to a run folder. One code path, whatever the machine.
 
-`start` and `resume` make the run folder, the tokenizer and the identity; `train` is the loop: step, log, evaluate,
-save, stop on request.
+`start` and `resume` make the run folder, the tokenizer and the identity; `train` is the loop, which stops on request.
+What is done at each step is `moelet.session`'s.
 """
 
 import hashlib
@@ -18,27 +18,26 @@ from typing import Any
 
 from moelet import checkpoint
 from moelet.attention import ATTENTION
+from moelet.budget import Clock
 from moelet.checkpoint import HPARAMS, TOKENIZER, load_run_settings, write_file
-from moelet.console import Progress, progress_line, table
-from moelet.data import Prefetch, Validation, read_validation, reading_report, training_batches, training_texts
-from moelet.errors import Interrupted, TemporaryError, UserError, pick
-from moelet.evaluate import evaluate
+from moelet.console import Progress, duration, table
+from moelet.data import Prefetch, Validation, read_validation, training_batches, training_texts
+from moelet.errors import Interrupted, UserError, pick
 from moelet.experts import ACTIVATIONS, BACKENDS
-from moelet.generate import Sampling, stream_text
-from moelet.hparams import Hparams, read_hparams
-from moelet.loss import BALANCE, bits_per_byte
-from moelet.metrics import METRICS_FILE, append_metrics, cut_metrics, matrix_rate, peak_memory_mb, sync_metrics
+from moelet.hparams import LENGTHS, Hparams, read_hparams
+from moelet.loss import BALANCE
+from moelet.metrics import METRICS_FILE, cut_metrics, last_elapsed, matrix_rate
 from moelet.moe import ROUTERS
 from moelet.optim import OPTIMIZERS, SCHEDULES
 from moelet.precision import choose_device, choose_dtype
+from moelet.session import Session
 from moelet.sources import SOURCES
-from moelet.step import StepReport, Training, build, restore, snapshot, train_step
+from moelet.step import Training, build, restore
 from moelet.tokenizer import Tokenizer
 
-SAMPLE_TOKENS = 200
 # what may change at resume: nothing that the weights depend on
 FREE_SETTINGS = {
-    "run", "device", "eval_steps", "eval_tokens", "log_steps", "checkpoint_steps", "keep_checkpoints", "sample_prompt"
+    "run", "device", "eval_steps", "eval_tokens", "log_steps", "checkpoint_steps", "keep_checkpoints", "sample_prompt",
 }  # fmt: skip
 
 
@@ -85,19 +84,24 @@ def identity(hparams: Hparams, tokenizer: Tokenizer) -> dict[str, str]:
     Where files lie doesn't count, only what is in them: text and tokenizer have fingerprints of their own.
     """
     places: Any = {"files": True, "mix": {"__all__": {"files"}}}
-    settings = hparams.model_dump(mode="json", exclude={"train": FREE_SETTINGS, "data": places, "tokenizer": {"file"}})
+    settings = hparams.model_dump(
+        mode="json", exclude={"train": FREE_SETTINGS.union(LENGTHS), "data": places, "tokenizer": {"file"}}
+    )
     source = pick(SOURCES, hparams.data.source, "data.source").fingerprint(hparams.data)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    length = hparams.total_steps
     marks = {"settings": digest, "model": hparams.model.fingerprint}
+    marks["length"] = "a time budget" if length is None else f"{length} steps"
     return {**marks, "tokenizer": tokenizer.fingerprint, "data": source}
 
 
-def start(hparams: Hparams, run: Path, progress: Progress) -> None:
-    """Train from the first step in folder `run`.
+def start(hparams: Hparams, run: Path, progress: Progress, began: float | None = None) -> None:
+    """Train from the first step in folder `run`; `began` is when the process did, by time.monotonic().
 
     Raises UserError before any work when the settings don't fit, or the folder holds a complete checkpoint or files
     that are not a run's.
     """
+    clock = Clock(0.0, time.monotonic() if began is None else began)
     check(hparams)
     if run.is_dir() and any(run.iterdir()) and not (run / checkpoint.LOCK).exists():
         raise UserError(
@@ -110,7 +114,7 @@ def start(hparams: Hparams, run: Path, progress: Progress) -> None:
                 f"{run} holds a run with checkpoints. A new run needs a folder of its own: give another --run, or go "
                 f"on with this one: python -m moelet train --resume {run}"
             )
-        train(_fresh(pinned(hparams), run), run, progress)
+        train(_fresh(pinned(hparams), run), run, progress, clock)
 
 
 def _fresh(hparams: Hparams, run: Path) -> Training:
@@ -124,23 +128,61 @@ def _fresh(hparams: Hparams, run: Path) -> Training:
     return build(hparams, tokenizer)
 
 
-def resume(run: Path, changes: Sequence[str], progress: Progress) -> None:
+def resume(
+    run: Path,
+    changes: Sequence[str],
+    progress: Progress,
+    began: float | None = None,
+    settings: Path | None = None,
+    seconds: float | None = None,
+) -> None:
     """Go on with the run in folder `run` from its newest checkpoint that verifies; from its start when it has none.
 
-    Raises UserError when `changes` or the files would make it another run.
+    The settings are the run's own, or those in the file `settings`, with `changes`. With `seconds` the run ends that
+    long after this command began. Raises UserError when settings or files would make it another run.
     """
-    if not (run / HPARAMS).is_file():
+    if not is_run(run):
         raise UserError(f"{run} is not a run folder: it holds no {HPARAMS}. Give the folder of a run to resume.")
     with checkpoint.lock(run):
-        hparams = pinned(read_hparams(run / HPARAMS, changes))
+        spent = spent_on(run)
+        limit = [] if seconds is None else [f"train.time_budget={spent + seconds}"]
+        hparams = read_hparams(settings or run / HPARAMS, [*changes, *limit])
+        hparams = pinned(_with_commits_of(read_hparams(run / HPARAMS), hparams))
         check(hparams)
         if checkpoint.checkpoint_steps(run):
             training = _restored(hparams, run, progress)
-            progress.say(f"resumed at step {training.step} of {hparams.total_steps}")
+            progress.say(
+                f"resumed at step {training.step}" + (f" of {total}" if (total := training.total_steps) else "")
+            )
         else:
             progress.say(f"{run} has no checkpoint yet: starting over.")
             training = _fresh(hparams, run)
-        train(training, run, progress)
+        train(training, run, progress, Clock(spent, time.monotonic() if began is None else began))
+
+
+def is_run(run: Path) -> bool:
+    """Return whether the folder holds a run, trained or only begun."""
+    return (run / HPARAMS).is_file()
+
+
+def spent_on(run: Path) -> float:
+    """Return the seconds that earlier sessions of the run took, as far as they were noted."""
+    steps = checkpoint.checkpoint_steps(run)
+    state = checkpoint.read_state(run, steps[-1]) if steps else {}
+    return max(last_elapsed(run), state.get("elapsed", 0.0))
+
+
+def _with_commits_of(saved: Hparams, hparams: Hparams) -> Hparams:
+    """Return `hparams` where a dataset without a revision stays at the commit that the run began with."""
+
+    def keep(old: Any, new: Any) -> Any:
+        same = (old.dataset, old.name) == (new.dataset, new.name) and new.revision is None
+        return new.model_copy(update={"revision": old.revision}) if same else new
+
+    data = keep(saved.data, hparams.data)
+    if saved.data.mix and data.mix and len(saved.data.mix) == len(data.mix):
+        data = data.model_copy(update={"mix": list(map(keep, saved.data.mix, data.mix))})
+    return hparams.model_copy(update={"data": data})
 
 
 def _restored(hparams: Hparams, run: Path, progress: Progress) -> Training:
@@ -169,6 +211,8 @@ def refuse_another_run(
 ) -> None:
     """Raise UserError when the fingerprints of the checkpoint and of what would go on from it differ."""
     different = [name for name in saved if saved[name] != now.get(name)]
+    if hparams.train.time_budget is not None and "length" in different:
+        different.remove("length")  # from here on the clock decides
     if not different:
         return
     old, new = saved_hparams.model_dump(mode="json"), hparams.model_dump(mode="json")
@@ -206,7 +250,7 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def train(training: Training, run: Path, progress: Progress) -> None:
+def train(training: Training, run: Path, progress: Progress, clock: Clock) -> None:
     """Train to the last step.
 
     Raises Interrupted when a signal asks to stop and TemporaryError when the data's source is away, with everything
@@ -217,131 +261,17 @@ def train(training: Training, run: Path, progress: Progress) -> None:
     validation = read_validation(hparams.data, tokenizer, length, size, hparams.train.eval_tokens, "validation")
     introduce(training, run, validation, progress)
     rate = matrix_rate(training.device, training.dtype)
-    session = Session(training, run, progress, validation, rate, identity(hparams, tokenizer))
+    session = Session(training, run, progress, validation, rate, identity(hparams, tokenizer), clock)
     stream = training_batches(hparams.data, tokenizer, length, size, hparams.train.seed, training.cursor)
     with stop_signals() as received, Prefetch(stream) as batches, progress:
-        while training.step < hparams.total_steps:
+        while training.total_steps is None or training.step < training.total_steps:
             if received:
                 session.save()
                 raise Interrupted(
                     received[0],
                     f"interrupted and saved at step {training.step}. Go on with: python -m moelet train --resume {run}",
                 )
-            session.advance(batches)
-
-
-class Session:
-    """One process's part of a run: a step at a time, with what is due after it."""
-
-    def __init__(
-        self,
-        training: Training,
-        run: Path,
-        progress: Progress,
-        validation: Validation,
-        rate: float,
-        marks: dict[str, str],
-    ) -> None:
-        self.training, self.run, self.progress, self.validation = training, run, progress, validation
-        self.rate, self.marks = rate, marks
-        self.logged = (training.tokens, training.seconds)  # at the last line of metrics.jsonl
-        self.saved_at = training.step if checkpoint.checkpoint_steps(run) else None
-
-    def advance(self, batches: Prefetch) -> None:
-        """Make one optimizer step, and log, evaluate and save where that is due."""
-        training, settings = self.training, self.training.hparams.train
-        began, before = time.perf_counter(), training.step
-        try:
-            items = [next(batches) for _ in range(settings.gradient_accumulation)]
-        except TemporaryError:
-            self.save()
-            raise
-        report = train_step(training, [batch for batch, _ in items])
-        training.cursor = items[-1][1]
-        training.seconds += time.perf_counter() - began
-        if training.step == before:  # skipped: fp16 overflowed
-            return
-        evaluates, better = self.due(settings.eval_steps), False
-        if evaluates or training.step == 1 or self.due(settings.log_steps):
-            row = metrics_row(training, report, self.logged, self.rate)
-            self.logged = (training.tokens, training.seconds)
-            better = evaluates and self.assess(row)
-            append_metrics(self.run, row)
-            show(training, row, self.progress)
-        if better or self.due(settings.checkpoint_steps):
-            self.save()
-
-    def due(self, every: int | None) -> bool:
-        """Return whether something done every so many steps, and after the last one, is due now."""
-        step = self.training.step
-        return step == self.training.hparams.total_steps or (every is not None and step % every == 0)
-
-    def save(self) -> None:
-        """Write a checkpoint of this step, unless there is one, and remove those no longer kept."""
-        training = self.training
-        if self.saved_at == training.step:
-            return
-        sync_metrics(self.run)
-        checkpoint.save(self.run, snapshot(training, self.marks))
-        self.saved_at = training.step
-        best = None if training.best is None else int(training.best["step"])
-        checkpoint.retain(self.run, training.hparams.train.keep_checkpoints, best)
-
-    def assess(self, row: dict[str, Any]) -> bool:
-        """Evaluate, add the results to the metrics row, and return whether the model is the best so far."""
-        training = self.training
-        result = evaluate(training.model, self.validation, training.dtype)
-        row |= {
-            "val_loss": result.loss,
-            "val_bits_per_byte": result.bits_per_byte,
-            "gzip_bits_per_byte": self.validation.gzip_bits_per_byte,
-            **reading_report(training.hparams.data, training.cursor),
-        }
-        prompt = training.hparams.train.sample_prompt
-        if prompt is not None:
-            training.model.eval()
-            sample = stream_text(training.model, training.tokenizer, prompt, SAMPLE_TOKENS, Sampling())
-            row["sample"] = prompt + "".join(sample)
-        if training.best is not None and result.loss >= training.best["val_loss"]:
-            return False
-        training.best = {"step": training.step, "val_loss": result.loss}
-        return True
-
-
-def metrics_row(training: Training, report: StepReport, since: tuple[int, float], rate: float) -> dict[str, Any]:
-    """Return the line of metrics.jsonl for the step just made; throughput is that since the last line."""
-    tokens, seconds = training.tokens - since[0], training.seconds - since[1]
-    speed = tokens / seconds
-    row = {
-        "step": training.step,
-        "tokens": training.tokens,
-        "seconds": training.seconds,
-        "loss": report.loss,
-        "bits_per_byte": bits_per_byte(report.loss * report.tokens, report.bytes),
-        "balance_loss": report.balance_loss,
-        "lr": report.lr,
-        "grad_norm": report.grad_norm,
-        "tokens_per_second": speed,
-        "mfu": training.model.flops_per_token(training.hparams.model.max_length) * speed / rate,
-        "expert_load": report.expert_load,
-        "memory_mb": peak_memory_mb(training.device),
-    }
-    if training.scaler is not None:
-        row |= {"loss_scale": training.scaler.get_scale(), "skipped_steps": training.skipped_steps}
-    return row
-
-
-def show(training: Training, row: dict[str, Any], progress: Progress) -> None:
-    """Show the progress line and, after an evaluation, its results."""
-    total = training.hparams.total_steps
-    left = training.seconds / training.step * (total - training.step)
-    evaluated = "val_loss" in row
-    progress.show(progress_line(row, total, left), lasting=evaluated)
-    if evaluated:
-        progress.say(
-            f"  held-out loss {row['val_loss']:.4f}, {row['val_bits_per_byte']:.3f} bits/byte "
-            f"(gzip -9: {row['gzip_bits_per_byte']:.3f})"
-        )
+            session.advance(batches, lambda: bool(received))
 
 
 def introduce(training: Training, run: Path, validation: Validation, progress: Progress) -> None:
@@ -349,13 +279,15 @@ def introduce(training: Training, run: Path, validation: Validation, progress: P
     model, hparams = training.model, training.hparams
     count = sum(parameter.numel() for parameter in model.parameters())
     settings = hparams.model
+    budget = hparams.train.time_budget
+    length = f"{training.total_steps:,} " if budget is None else f"{duration(budget)} in all, "
     experts = f"{settings.n_experts} experts top-{settings.top_k}" if settings.n_experts > 1 else "dense"
     rows = [
         ("run", str(run)),
         ("model", f"{settings.n_layers} layers x {settings.d_model}, {experts}, {count / 1e6:.1f}M parameters"),
         ("text", f"{hparams.data.source}, vocabulary {training.tokenizer.vocab_size}"),
         ("held out", f"{validation.n_tokens:,} tokens, {validation.n_bytes:,} bytes"),
-        ("length", f"{hparams.total_steps:,} steps of {hparams.tokens_per_step:,} tokens"),
+        ("length", f"{length}steps of {hparams.tokens_per_step:,} tokens"),
         ("machine", f"{training.device.type}, {str(training.dtype).removeprefix('torch.')}"),
     ]
     progress.say(*table("moelet", rows))

@@ -127,9 +127,12 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["top_k is 5", "n_experts is 4", "can't use more", "Set model.top_k to at most 4"],
     ),
     "min_lr": (merged(optim={"lr": 0.1, "min_lr": 0.2}), ["min_lr is 0.2", "lr is 0.1", "Set optim.min_lr"]),
-    "no length": ({"train": {}}, ["neither", "train_steps and train_tokens", "Set exactly one"]),
+    "no length": ({"train": {}}, ["none of", "train_steps, train_tokens, time_budget", "Set exactly one"]),
     "no train section": ({}, ["train", "missing", "Add it", "train_steps"]),
-    "two lengths": ({"train": {"train_steps": 1, "train_tokens": 1}}, ["both", "train_steps", "Set exactly one"]),
+    "two lengths": (
+        {"train": {"train_steps": 1, "time_budget": 1}},
+        ["train_steps and time_budget", "are set", "Set exactly one"],
+    ),
     "files without files": (merged(data={"source": "files"}), ['source is "files"', "files is null", "Set data.files"]),
     "hub without dataset": (merged(data={"source": "hub"}), ['source is "hub"', "dataset is null", "data.dataset"]),
     "mix without sources": (merged(data={"source": "mix"}), ["mix is empty", "data.mix", "weight"]),
@@ -231,7 +234,7 @@ def test_setting_one_length_clears_the_other(tmp_path: Path) -> None:
     assert (tokens.train_steps, tokens.train_tokens) == (None, 1000)
     back = read_hparams(path, ["train.train_tokens=1000", "train.train_steps=9"]).train
     assert (back.train_steps, back.train_tokens) == (9, None)
-    with pytest.raises(UserError, match="neither"):
+    with pytest.raises(UserError, match="none of"):
         read_hparams(path, ["train.train_steps=null"])
 
 

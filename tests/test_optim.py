@@ -87,7 +87,7 @@ def test_optimizers_learn(name: str) -> None:
 
 def rates(schedule: str, total: int, warmup: int, min_lr: float = 0.1) -> list[float]:
     settings = OptimSettings(lr=1.0, min_lr=min_lr, warmup_steps=warmup, schedule=schedule)
-    return [learning_rate(settings, step, total) for step in range(total)]
+    return [learning_rate(settings, step, [[0, total]]) for step in range(total)]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -130,3 +130,39 @@ def test_a_warm_up_longer_than_the_run_never_ends(schedule: str) -> None:
 def test_an_unknown_schedule_is_refused() -> None:
     with pytest.raises(UserError, match=r"optim\.schedule is 'cosin'.*Did you mean 'cosine'"):
         rates("cosin", 10, 0)
+
+
+# plans made on the way
+
+
+def planned(plan: list[list[int]], warmup: int, schedule: str = "linear") -> list[float]:
+    settings = OptimSettings(lr=1.0, min_lr=0.1, warmup_steps=warmup, schedule=schedule)
+    return [learning_rate(settings, step, plan) for step in range(plan[-1][1])]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_same_plan_again_changes_nothing(schedule: str) -> None:
+    once = planned([[0, 40]], 4, schedule)
+    again = planned([[0, 40], [7, 40], [8, 40], [30, 40]], 4, schedule)
+    assert again == pytest.approx(once, abs=1e-12)
+
+
+@pytest.mark.parametrize("total", [11, 12, 25, 80])
+def test_every_plan_ends_at_min_lr_and_never_jumps(total: int) -> None:
+    found = planned([[0, 40], [10, total]], 4)
+    assert found[-1] == 0.1, "exactly"
+    assert found[:10] == planned([[0, 40]], 4)[:10], "what was, stays"
+    falls = [before - after for before, after in itertools.pairwise(found[9:])]
+    assert min(falls) >= 0 and max(falls) <= (found[9] - 0.1) / (total - 10) + 1e-12, "what is left falls evenly"
+
+
+def test_before_the_first_plan_the_rate_only_warms_up() -> None:
+    settings = OptimSettings(lr=1.0, min_lr=0.1, warmup_steps=4)
+    assert [learning_rate(settings, step, []) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_a_plan_made_during_the_warm_up_cuts_it_to_a_tenth_of_the_rest() -> None:
+    found = planned([[5, 45]], 1000)
+    assert found[:5] == pytest.approx([(step + 1) / 9 for step in range(5)])
+    assert found[8] == 1.0 and found[-1] == 0.1 and found[9] < 1.0
+    assert max(planned([[0, 45]], 1000)) < 0.05, "one that was asked for never ends"

@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 from conftest import TinySettings
 
-from moelet import metrics, train
+from moelet import metrics, session, train
 from moelet.console import Progress
 from moelet.hparams import make_hparams
 from moelet.tokenizer import Tokenizer
 
 # what measures the machine and not the run
-MEASURED = {"seconds", "tokens_per_second", "mfu", "memory_mb"}
+MEASURED = {"seconds", "elapsed", "data_wait", "tokens_per_second", "mfu", "memory_mb"}
 RECIPE = Path(__file__).parent.parent / "recipes" / "cpu-tiny.json"
 
 ZYGOTE = """
@@ -279,7 +279,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def train_until(monkeypatch: pytest.MonkeyPatch, run: Path, settings: dict[str, Any] | None, step: int | None) -> None:
     """Start a run (or resume it: settings None) and let it die when `step` steps are made; None: not at all."""
-    real = train.train_step
+    real = session.train_step
 
     def dying(training: Any, batches: Any) -> Any:
         if training.step == step:
@@ -287,7 +287,7 @@ def train_until(monkeypatch: pytest.MonkeyPatch, run: Path, settings: dict[str, 
         return real(training, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", dying)
+        patch.setattr(session, "train_step", dying)
         try:
             if settings is None:
                 train.resume(run, [], Progress())
@@ -339,7 +339,7 @@ def test_cut_three_times_in_a_row_every_mode_ends_bitwise_equal(
     assert len({row["loss"] for row in found}) == 12 and len({row["lr"] for row in found}) > 10
     state = json.loads((newest(cut) / "state.json").read_text())
     expected = json.loads((newest(whole) / "state.json").read_text())
-    assert {**state, "seconds": 0} == {**expected, "seconds": 0}
+    assert {**state, "seconds": 0, "elapsed": 0} == {**expected, "seconds": 0, "elapsed": 0}
     assert (state["scaler"] is not None) == (precision == "fp16")
 
 

@@ -1,0 +1,72 @@
+"""Training for a given time: how much of it is gone, what each part costs, and how many steps fit into the rest.
+
+The time is a person's: from the start of the command to its end, over all sessions of a run, start-up, evaluation and
+report included. What the schedule makes of a number of steps is `moelet.optim`'s.
+"""
+
+import re
+import time
+from collections import deque
+
+from moelet.errors import UserError
+
+UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+CALIBRATION_STEPS = 3  # after one that warms up; and as many as fit into
+CALIBRATION_SHARE, CALIBRATION_SECONDS = 0.02, 20.0  # this share of the time, or these seconds if they are less
+RECENT_STEPS = 64  # that the pace is the mean of
+MARGIN = 0.015  # share of the time to leave over
+REPORT_SECONDS = 4.0  # to draw the curve and the page, with the imports that takes; 2.5 s on 2 cores
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds in text like "5h", "90m" or "1h30m". Raises UserError for anything else."""
+    if not re.fullmatch(rf"(\d+(\.\d+)?[{''.join(UNITS)}])+", text):
+        raise UserError(f"the time budget is {text!r}. It needs numbers with units. Write it like 5h, 90m or 1h30m.")
+    seconds = sum(float(n) * UNITS[unit] for n, _, unit in re.findall(r"(\d+(\.\d+)?)(\w)", text))
+    if seconds <= 0:
+        raise UserError(f"the time budget is {text!r}. Training needs some time. Write it like 5h, 90m or 1h30m.")
+    return seconds
+
+
+class Clock:
+    """The time spent on a run: that of earlier sessions, and since this one began."""
+
+    def __init__(self, spent: float, began: float) -> None:
+        """`spent` is in seconds; `began` is what time.monotonic() was when the process started."""
+        self.spent, self.began = spent, began
+
+    def now(self) -> float:
+        return self.spent + time.monotonic() - self.began
+
+
+class Pace:
+    """What this session's steps, evaluations and checkpoints take, in seconds."""
+
+    def __init__(self, clock: Clock, budget: float, evaluation: float) -> None:
+        """`evaluation` is that of an evaluation in steps, which holds until one was measured."""
+        self.clock, self.budget, self.evaluation = clock, budget, evaluation
+        self.steps: deque[float] = deque(maxlen=RECENT_STEPS)
+        self.costs = {"evaluation": 0.0, "checkpoint": 0.0}
+        self.made = 0
+        self.next_look = clock.now() + min(CALIBRATION_SHARE * budget, CALIBRATION_SECONDS)
+
+    def note_step(self, seconds: float) -> None:
+        self.made += 1
+        if self.made > 1:  # the first allocates and compiles
+            self.steps.append(seconds)
+
+    def is_due(self) -> bool:
+        """Return whether to plan now: after the calibration, then whenever half of the time left has passed."""
+        if len(self.steps) < CALIBRATION_STEPS or self.clock.now() < self.next_look:
+            return False
+        self.next_look = self.clock.now() + (self.budget - self.clock.now()) / 2
+        return True
+
+    def steps_left(self, eval_steps: int | None, checkpoint_steps: int | None) -> int:
+        """Return how many steps still fit, at least 1, with what is due between them and at the end."""
+        step = sum(self.steps) / len(self.steps)
+        evaluation = self.costs["evaluation"] or self.evaluation * step
+        checkpoint = self.costs["checkpoint"]
+        each = step + evaluation / (eval_steps or float("inf")) + checkpoint / (checkpoint_steps or float("inf"))
+        left = self.budget * (1 - MARGIN) - self.clock.now() - evaluation - checkpoint - REPORT_SECONDS
+        return max(1, int(left / each))
