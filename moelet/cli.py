@@ -155,7 +155,7 @@ def evaluate(
     tokens: Annotated[
         int | None, typer.Option(min=1, help="About how many, in whole pieces of text; default: all of SRC.")
     ] = None,
-    text_field: Annotated[str | None, typer.Option(help="The field of .jsonl files; default: the run's.")] = None,
+    text_field: Annotated[str | None, typer.Option(help="The field of rows; default: the run's.")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Measure loss, perplexity, bits per byte and expert load on held-out text, or on any other."""
@@ -199,7 +199,7 @@ def train_tokenizer(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the model goes.")],
     vocab_size: Annotated[int, typer.Option(min=260)] = 4096,
     algorithm: Annotated[str, typer.Option(help="bpe or unigram.")] = "bpe",
-    text_field: Annotated[str, typer.Option(help="The field of .jsonl files that holds the text.")] = "text",
+    text_field: Annotated[str, typer.Option(help="The field of rows that holds the text.")] = "text",
 ) -> None:
     """Train a tokenizer on text files."""
     from moelet.data import START, one_epoch

@@ -3,55 +3,65 @@
 import codecs
 import glob
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
 
+from moelet.decompress import BLOCK, CODECS, Decompressed
 from moelet.documents import Cursor, Document, Items, Skipped, checked, no_field
 from moelet.errors import UserError
 from moelet.hparams import SourceSettings
 
-ENDINGS = (".txt", ".md", ".py", ".jsonl")
 PART = 16 * 2**20  # bytes of a text file held at once
 LARGEST_ROW = 256 * 2**20  # bytes of a .jsonl row; ten thousand books
 SAMPLE = 64 * 2**10  # bytes at either end of a file that its fingerprint reads
+BATCH_ROWS = 100  # rows of a table decoded at once; a hundred books are 50 MB
+DAMAGE = (UnicodeDecodeError, EOFError, OSError, pa.ArrowException)  # what reading a file that is broken raises
 
 S = TypeVar("S", bound=SourceSettings)
-Parts = Iterator[tuple[Document | Skipped, int, int]]  # with the bytes, and the rows or parts, read of the file
+Parts = Iterator[tuple[Document | Skipped, int, int]]  # with the offset to go on at, and the rows or parts read
+Reader = Callable[[Path, str, int, int], Parts]  # of a file: its path, the field, the offset and number to go on from
 
 
 def _find_files(settings: SourceSettings) -> list[Path]:
     """Return the files that settings.files names, sorted, each once; raise UserError where it names none."""
     patterns = [settings.files] if isinstance(settings.files, str) else settings.files or []
-    found: set[Path] = set()
+    found: dict[Path, Path] = {}  # names by what they lead to; the target of a link needs no ending
     for pattern in patterns:
         matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
         paths = [path for match in matches for path in _below(Path(match))]
         if not paths:
             raise UserError(
                 f"data.files names {pattern!r} and no file matches (the current directory is {os.getcwd()}). "
-                f"It must name files or folders with {', '.join(ENDINGS)}. Set data.files."
+                f"It must name files that end in {ENDINGS}, or folders with such. Set data.files."
             )
-        found.update(path.resolve() for path in paths)
-    return sorted(found)
+        for path in paths:
+            name, target = path.parent.resolve() / path.name, path.resolve()
+            found[target] = min(name, found.get(target, name))
+    return sorted(found.values())
 
 
 def _below(path: Path) -> Iterator[Path]:
     """Yield the file itself, or the text files of a folder and its folders, those with a dot first left out."""
     if not path.is_dir():
-        if path.suffix not in ENDINGS:
-            raise UserError(f"{path} doesn't end in {', '.join(ENDINGS)}. Convert it, or take it out of data.files.")
+        if not path.name.endswith(tuple(READERS)):
+            raise UserError(f"{path} doesn't end in {ENDINGS}. Convert it, or take it out of data.files.")
         yield path
     for folder, subfolders, names in os.walk(path):
         if ".lock" in names:  # a run's folder: what it writes must not become what it reads
             subfolders.clear()
             continue
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        yield from (Path(folder, name) for name in names if name.endswith(ENDINGS))
+        yield from (Path(folder, name) for name in names if name.endswith(tuple(READERS)))
 
 
 def _open(path: Path) -> BinaryIO:
@@ -61,64 +71,79 @@ def _open(path: Path) -> BinaryIO:
         raise UserError(f"{path} can't be read ({error.strerror}). Mend that, or take it out of data.files.") from None
 
 
+def _open_text(path: Path, offset: int = 0) -> BinaryIO:
+    """Return the text of a file, decompressed, from `offset` in its bytes; what comes before is decompressed again."""
+    file = _open(path)
+    if path.suffix not in CODECS:
+        file.seek(offset)
+        return file
+    text = io.BufferedReader(Decompressed(file, path.suffix), BLOCK)
+    for start in range(0, offset, PART):
+        text.read(min(PART, offset - start))
+    return text
+
+
 def read_files(settings: SourceSettings, seed: int, epoch: int, cursor: Cursor | None) -> Items:
-    """A cursor is the place in the permuted files, the bytes read of that file, and the rows or parts read of it."""
+    """Yield the documents of all files, file by file.
+
+    A cursor is the place in the permuted files, the offset in that file, and the rows or parts read of it. The offset
+    is in bytes of the text, which for a compressed file means to decompress it again up to there, or it is a row
+    group, which a table goes on at directly.
+    """
     paths = _find_files(settings)
     paths = [paths[i] for i in np.random.default_rng([seed, epoch]).permutation(len(paths))]
     if cursor is None:
-        _check_first_row([path for path in paths if path.suffix == ".jsonl"][:1], settings.text_field)
+        _check_fields(paths, settings.text_field)
         cursor = {"file": 0, "offset": 0, "row": 0}
     for k in range(cursor["file"], len(paths)):
-        offset, row = (cursor["offset"], cursor["row"]) if k == cursor["file"] else (0, 0)
-        with _open(paths[k]) as file:
-            name, field, rows = str(paths[k]), settings.text_field, paths[k].suffix == ".jsonl"
-            items = _read_rows(file, name, field, offset, row) if rows else _read_parts(file, name, offset, row)
-            for item, offset, row in items:
+        place = (cursor["offset"], cursor["row"]) if k == cursor["file"] else (0, 0)
+        try:
+            for item, offset, row in _reader(paths[k])(paths[k], settings.text_field, *place):
                 yield item, {"file": k, "offset": offset, "row": row}
+        except DAMAGE as error:
+            if isinstance(error, MemoryError) or getattr(error, "errno", None):
+                raise  # the machine's failure, not the file's
+            reason = "invalid UTF-8" if isinstance(error, UnicodeDecodeError) else "damaged"
+            yield Skipped(reason, str(paths[k])), {"file": k + 1, "offset": 0, "row": 0}
 
 
-def _read_parts(file: BinaryIO, name: str, offset: int, row: int) -> Parts:
-    """Yield the parts of a text file from `offset`, cut at line ends, each with the offset and number after it."""
-    size = os.fstat(file.fileno()).st_size
-    if row == 0 and not _is_utf8(file):
-        yield Skipped("invalid UTF-8", name), size, 1
-        return
-    ends = row > 0 and offset >= size
-    while not ends:
-        file.seek(offset)
-        data = file.read(PART)
-        starts, ends = offset == 0, len(data) < PART or offset + len(data) >= size
-        end = len(data) if ends else data.rfind(b"\n") + 1 or len(data)
-        text, used = codecs.utf_8_decode(data[:end], "strict", ends)  # leaves a character cut in two to the next part
-        offset, row = offset + used, row + 1
-        text = text.removeprefix("\ufeff") if starts else text
-        yield (checked(text, name) if starts and ends else Document(text, name, starts, ends)), offset, row
+def _read_text(path: Path, field: str, offset: int, row: int) -> Parts:
+    """Yield the parts of a text from `offset`, cut at line ends, each with the offset and number after it."""
+    name = str(path)
+    if row == 0:
+        _require_utf8(path)
+    with _open_text(path, offset) as file:
+        data = file.read(PART + 1)  # a byte more than a part tells whether the text goes on
+        while data or row == 0:
+            starts, ends = row == 0, len(data) <= PART
+            end = len(data) if ends else data.rfind(b"\n", 0, PART) + 1 or PART
+            text, used = codecs.utf_8_decode(data[:end], "strict", ends)  # leaves a character cut in two to the next
+            offset, row, data = offset + used, row + 1, data[used:] + file.read(used)
+            text = text.removeprefix("\ufeff") if starts else text
+            yield (checked(text, name) if starts and ends else Document(text, name, starts, ends)), offset, row
 
 
-def _is_utf8(file: BinaryIO) -> bool:
-    """Return whether the whole file is UTF-8, so that no document breaks off after its first parts."""
+def _require_utf8(path: Path) -> None:
+    """Read the whole text and raise what is wrong with it, so that no document breaks off after its first parts."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
+    with _open_text(path) as file:
         while data := file.read(PART):
             decoder.decode(data)
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        return False
-    return True
+    decoder.decode(b"", final=True)
 
 
-def _read_rows(file: BinaryIO, name: str, field: str, offset: int, row: int) -> Parts:
+def _read_rows(path: Path, field: str, offset: int, row: int) -> Parts:
     """Yield the rows of a .jsonl file from `offset`, each with the offset and number after it."""
-    file.seek(offset)
-    while line := file.readline(LARGEST_ROW + 1):
-        offset, row, where = offset + len(line), row + 1, f"{name}:{row + 1}"
-        if len(line) <= LARGEST_ROW:
-            yield _parse(line.removeprefix(codecs.BOM_UTF8) if row == 1 else line, field, where), offset, row
-            continue
-        while line and not line.endswith(b"\n"):
-            line = file.readline(PART)
-            offset += len(line)
-        yield Skipped("over-long", where), offset, row
+    with _open_text(path, offset) as file:
+        while line := file.readline(LARGEST_ROW + 1):
+            offset, row, where = offset + len(line), row + 1, f"{path}:{row + 1}"
+            if len(line) <= LARGEST_ROW:
+                yield _parse(line.removeprefix(codecs.BOM_UTF8) if row == 1 else line, field, where), offset, row
+                continue
+            while line and not line.endswith(b"\n"):
+                line = file.readline(PART)
+                offset += len(line)
+            yield Skipped("over-long", where), offset, row
 
 
 def _parse(line: bytes, field: str, where: str) -> Document | Skipped:
@@ -135,13 +160,60 @@ def _parse(line: bytes, field: str, where: str) -> Document | Skipped:
     return checked(record[field], where)
 
 
-def _check_first_row(paths: list[Path], field: str) -> None:
-    """Raise UserError when the first row of a .jsonl file has fields, but not the one that holds the text."""
-    for path in paths:
-        with _open(path) as file:
+def _read_table(path: Path, field: str, offset: int, row: int) -> Parts:
+    """Yield the rows of a .parquet file from row group `offset`, each with the group to go on in and the rows read."""
+    with _open(path) as file, parquet.ParquetFile(file, buffer_size=BLOCK, page_checksum_verification=True) as table:
+        if field not in table.schema_arrow.names:
+            raise no_field(str(path), field, table.schema_arrow.names)
+        counts = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+        for group in range(offset, len(counts)):
+            number, end = sum(counts[:group]), sum(counts[: group + 1])
+            batches = table.iter_batches(BATCH_ROWS, [group], [field], use_threads=False)
+            for value in chain.from_iterable(batch.column(field) for batch in batches):
+                number += 1
+                if number > row:
+                    yield _decode(value, f"{path}:{number}"), group + (number == end), number
+            if number != end:
+                raise pa.ArrowInvalid(f"row group {group} of {path} ends at row {number}, not {end}")
+
+
+def _decode(value: Any, where: str) -> Document | Skipped:
+    """Return the text that stands in a table, or why it isn't one."""
+    try:
+        return checked(value.as_py() if isinstance(value, pa.StringScalar | pa.DictionaryScalar) else None, where)
+    except UnicodeDecodeError:  # Arrow reads bytes that claim to be UTF-8 unseen
+        return Skipped("invalid UTF-8", where)
+
+
+_TEXTS: dict[str, Reader] = {
+    ".txt": _read_text,
+    ".md": _read_text,
+    ".py": _read_text,
+    ".jsonl": _read_rows,
+    ".ndjson": _read_rows,
+}
+READERS = {ending + codec: read for ending, read in _TEXTS.items() for codec in ("", *CODECS)}
+READERS[".parquet"] = _read_table
+ENDINGS = f"{', '.join(_TEXTS)} (each also with {', '.join(CODECS)} after it) or .parquet"
+
+
+def _reader(path: Path) -> Reader:
+    return next(read for ending, read in READERS.items() if path.name.endswith(ending))
+
+
+def _check_fields(paths: list[Path], field: str) -> None:
+    """Raise UserError when a table, or the first row of the first file of rows, has fields but not that of the text."""
+    tables = [path for path in paths if _reader(path) is _read_table]
+    rows = [path for path in paths if _reader(path) is _read_rows]
+    for path in tables:
+        with suppress(*DAMAGE), _open(path) as file:
+            if field not in (names := parquet.read_schema(file).names):
+                raise no_field(str(path), field, names)
+    for path in rows[:1]:
+        with suppress(*DAMAGE), _open_text(path) as file:
             line = file.readline(LARGEST_ROW).removeprefix(codecs.BOM_UTF8)
-        if _parse(line, field, "") == Skipped("no text field", "") and isinstance(record := json.loads(line), dict):
-            raise no_field(f"row 1 of {path}", field, list(record))
+            if _parse(line, field, "") == Skipped("no text field", "") and isinstance(record := json.loads(line), dict):
+                raise no_field(f"row 1 of {path}", field, list(record))
 
 
 def fingerprint_files(settings: SourceSettings) -> str:

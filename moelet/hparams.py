@@ -92,7 +92,7 @@ class SourceSettings(Section):
     """Where text comes from. Which of these count depends on `source`."""
 
     source: str = Field("embedded", description="a name in sources.SOURCES")
-    files: str | list[str] | None = Field(None, description="for source files: paths, globs or folders")
+    files: str | list[str] | None = Field(None, description="for source files: paths, globs or folders of text or rows")
     dataset: str | None = Field(None, description="for source hub: repository or local folder of a dataset")
     name: str | None = Field(None, description="for source hub: the dataset's configuration (not its split)")
     split: str = Field("train", description="for source hub: the split")
