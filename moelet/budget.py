@@ -6,6 +6,7 @@ report included. What the schedule makes of a number of steps is `moelet.optim`'
 
 import re
 import time
+from bisect import bisect_right
 from collections import deque
 
 from moelet.errors import UserError
@@ -62,11 +63,16 @@ class Pace:
         self.next_look = self.clock.now() + (self.budget - self.clock.now()) / 2
         return True
 
-    def steps_left(self, eval_steps: int | None, checkpoint_steps: int | None) -> int:
-        """Return how many steps still fit, at least 1, with what is due between them and at the end."""
+    def steps_left(self, made: int, eval_steps: int | None, checkpoint_steps: int | None) -> int:
+        """Return how many steps still fit after the `made` ones, at least 1, with what is due among and after them."""
         step = sum(self.steps) / len(self.steps)
         evaluation = self.costs["evaluation"] or self.evaluation * step
-        checkpoint = self.costs["checkpoint"]
-        each = step + evaluation / (eval_steps or float("inf")) + checkpoint / (checkpoint_steps or float("inf"))
-        left = self.budget * (1 - MARGIN) - self.clock.now() - evaluation - checkpoint - REPORT_SECONDS
-        return max(1, int(left / each))
+        extras = ((evaluation, eval_steps), (self.costs["checkpoint"], checkpoint_steps))
+
+        def seconds(steps: int) -> float:
+            last = made + steps  # after which everything is due
+            dues = (1 + ((last - 1) // every - made // every if every else 0) for _, every in extras)
+            return steps * step + sum(cost * due for (cost, _), due in zip(extras, dues, strict=True))
+
+        left = self.budget * (1 - MARGIN) - self.clock.now() - REPORT_SECONDS
+        return max(1, bisect_right(range(1, max(1, int(left / step)) + 1), left, key=seconds))

@@ -92,7 +92,7 @@ class Session:
         if not self.pace.is_due():
             return
         training, settings = self.training, self.training.hparams.train
-        left = self.pace.steps_left(settings.eval_steps, settings.checkpoint_steps)
+        left = self.pace.steps_left(training.step, settings.eval_steps, settings.checkpoint_steps)
         planned = training.total_steps
         if planned is None or abs(training.step + left - planned) > REPLAN_SHARE * left:
             training.plan.append([training.step, training.step + left])

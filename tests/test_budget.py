@@ -37,6 +37,18 @@ class Time:
         monkeypatch.setattr(time, "monotonic", lambda: self.seconds)
 
 
+def seconds_of(steps: int, extras: Any) -> float:
+    """Return what `steps` steps after the fourth take, of 2 s each and the extras that are due: one by one."""
+    last = 4 + steps
+    due = (
+        (cost, step)
+        for step in range(5, last + 1)
+        for cost, every in extras
+        if step == last or every and step % every == 0
+    )
+    return 2 * steps + sum(cost for cost, _ in due)
+
+
 def test_the_steps_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     now = Time(monkeypatch)
     pace = Pace(Clock(50.0, 990.0), 1000.0, evaluation=4.0)  # 60 of 1000 s are gone
@@ -47,12 +59,14 @@ def test_the_steps_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         pace.note_step(seconds)
     assert pace.is_due() and not pace.is_due()
     left = 1000 * (1 - budget.MARGIN) - 96 - budget.REPORT_SECONDS
-    assert pace.steps_left(None, None) == int((left - 8) / 2)
-    assert pace.steps_left(10, None) == int((left - 8) / (2 + 8 / 10))
+    assert pace.steps_left(4, None, None) == int((left - 8) / 2)
     pace.costs = {"evaluation": 20.0, "checkpoint": 5.0}
-    assert pace.steps_left(10, 100) == int((left - 25) / (2 + 20 / 10 + 5 / 100))
+    for eval_steps, checkpoint_steps in [(10, 100), (7, None), (None, 3), (1, 1), (1000, 1000)]:
+        found = pace.steps_left(4, eval_steps, checkpoint_steps)
+        costs = [seconds_of(steps, ((20, eval_steps), (5, checkpoint_steps))) for steps in (found, found + 1)]
+        assert costs[0] <= left < costs[1]
     now.seconds += 2000
-    assert pace.is_due() and pace.steps_left(None, None) == 1, "late, it still ends with a step at min_lr"
+    assert pace.is_due() and pace.steps_left(4, None, None) == 1, "late, it still ends with a step at min_lr"
 
 
 def test_the_plan_is_looked_at_when_half_of_the_rest_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
