@@ -30,6 +30,7 @@ class Skipped(NamedTuple):
 
 
 Items = Iterator[tuple[Document | Skipped, Cursor]]
+Parts = Iterator[tuple[Document | Skipped, int, int]]  # of one file: with the offset to go on at, and the rows read
 
 
 class Source(NamedTuple):

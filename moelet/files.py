@@ -8,27 +8,24 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import parquet
 
 from moelet.decompress import BLOCK, CODECS, Decompressed
-from moelet.documents import Cursor, Document, Items, Skipped, checked, no_field
+from moelet.documents import Cursor, Document, Items, Parts, Skipped, checked, no_field
 from moelet.errors import UserError
 from moelet.hparams import SourceSettings
+from moelet.tables import fields_of, read_table
 
 PART = 16 * 2**20  # bytes of a text file held at once
 LARGEST_ROW = 256 * 2**20  # bytes of a .jsonl row; ten thousand books
 SAMPLE = 64 * 2**10  # bytes at either end of a file that its fingerprint reads
-BATCH_ROWS = 100  # rows of a table decoded at once; a hundred books are 50 MB
 DAMAGE = (UnicodeDecodeError, EOFError, OSError, pa.ArrowException)  # what reading a file that is broken raises
 
 S = TypeVar("S", bound=SourceSettings)
-Parts = Iterator[tuple[Document | Skipped, int, int]]  # with the offset to go on at, and the rows or parts read
 Reader = Callable[[Path, str, int, int], Parts]  # of a file: its path, the field, the offset and number to go on from
 
 
@@ -161,28 +158,8 @@ def _parse(line: bytes, field: str, where: str) -> Document | Skipped:
 
 
 def _read_table(path: Path, field: str, offset: int, row: int) -> Parts:
-    """Yield the rows of a .parquet file from row group `offset`, each with the group to go on in and the rows read."""
-    with _open(path) as file, parquet.ParquetFile(file, buffer_size=BLOCK, page_checksum_verification=True) as table:
-        if field not in table.schema_arrow.names:
-            raise no_field(str(path), field, table.schema_arrow.names)
-        counts = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
-        for group in range(offset, len(counts)):
-            number, end = sum(counts[:group]), sum(counts[: group + 1])
-            batches = table.iter_batches(BATCH_ROWS, [group], [field], use_threads=False)
-            for value in chain.from_iterable(batch.column(field) for batch in batches):
-                number += 1
-                if number > row:
-                    yield _decode(value, f"{path}:{number}"), group + (number == end), number
-            if number != end:
-                raise pa.ArrowInvalid(f"row group {group} of {path} ends at row {number}, not {end}")
-
-
-def _decode(value: Any, where: str) -> Document | Skipped:
-    """Return the text that stands in a table, or why it isn't one."""
-    try:
-        return checked(value.as_py() if isinstance(value, pa.StringScalar | pa.DictionaryScalar) else None, where)
-    except UnicodeDecodeError:  # Arrow reads bytes that claim to be UTF-8 unseen
-        return Skipped("invalid UTF-8", where)
+    with _open(path) as file:
+        yield from read_table(file, str(path), field, offset, row)
 
 
 _TEXTS: dict[str, Reader] = {
@@ -207,7 +184,7 @@ def _check_fields(paths: list[Path], field: str) -> None:
     rows = [path for path in paths if _reader(path) is _read_rows]
     for path in tables:
         with suppress(*DAMAGE), _open(path) as file:
-            if field not in (names := parquet.read_schema(file).names):
+            if field not in (names := fields_of(file)):
                 raise no_field(str(path), field, names)
     for path in rows[:1]:
         with suppress(*DAMAGE), _open_text(path) as file:

@@ -4,7 +4,7 @@ The hub's own clients find the files of a configuration and split, and fetch the
 where a pass goes on, is decided here: a pass permutes the files and reads up to LANES of them at once, a row from each
 in turn, so that a window holds all parts of the dataset. A cursor is plain numbers:
 
-    {"lanes": [[file, row group, row], ...] as they are read, "turn": whose row is next, "next": the first file unread}
+    {"lanes": [[file, row group, rows read], ...] as they are read, "turn": whose is next, "next": first file unread}
 
 A parquet file goes on at its row group, so a resume reads one row group a lane, however far the pass has come. Other
 formats are read by `datasets`, which knows no way into the middle of a file: it is read again up to the row.
@@ -23,14 +23,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import fsspec
 import numpy as np
 
-from moelet.documents import Cursor, Items, checked, no_field
+from moelet.documents import Cursor, Document, Items, Parts, Skipped, checked, no_field
 from moelet.errors import TemporaryError, UserError
 from moelet.hparams import SourceSettings
+from moelet.tables import fields_of, read_table
 
 LANES = 10  # files read at once; what `datasets` interleaves by default
-BATCH_ROWS = 256  # rows decoded at once
 PATIENCE = 600.0  # seconds that the hub may be away, after which the run is saved and ends
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between tries, doubling; after the clients' own five tries
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -39,24 +40,23 @@ LOG = logging.getLogger("moelet")
 
 T = TypeVar("T")
 S = TypeVar("S", bound=SourceSettings)
-Place = tuple[int, int]  # row group and row in it, of the next row
-Rows = Iterator[tuple[Any, int, Place]]  # the text, the number of its row in the file, where to go on
+Place = tuple[int, int]  # the row group to go on in, and the rows of the file read
 
 
 class _Dataset(NamedTuple):
     """The files of one split, and how to read each from a place."""
 
-    files: list[str]
-    rows: Callable[[int, Place], Rows]
+    n_files: int
+    rows: Callable[[int, Place], Parts]
 
 
 def read_hub(settings: SourceSettings, seed: int, epoch: int, cursor: Cursor | None) -> Items:
     """Yield the rows of all files of the split, those of up to LANES files in turn."""
     dataset = _persevere(lambda: _find(settings), settings)
-    order = np.random.default_rng([seed, epoch]).permutation(len(dataset.files)).tolist()
+    order = np.random.default_rng([seed, epoch]).permutation(dataset.n_files).tolist()
     lanes: list[list[int]] = [list(lane) for lane in cursor["lanes"]] if cursor else [[k, 0, 0] for k in order[:LANES]]
     turn, unread = (cursor["turn"], cursor["next"]) if cursor else (0, len(lanes))
-    readers: dict[int, Rows] = {}  # by file
+    readers: dict[int, Parts] = {}  # by file
     while lanes:
         turn %= len(lanes)
         lane = lanes[turn]
@@ -65,13 +65,14 @@ def read_hub(settings: SourceSettings, seed: int, epoch: int, cursor: Cursor | N
             lanes[turn : turn + 1] = [[order[unread], 0, 0]] if unread < len(order) else []
             unread += 1
             continue
-        text, row, (lane[1], lane[2]) = found
+        item, lane[1], lane[2] = found
         turn += 1
-        item = checked(text, f"{dataset.files[lane[0]]}:{row}")
         yield item, {"lanes": [list(lane) for lane in lanes], "turn": turn, "next": unread}
 
 
-def _next_row(dataset: _Dataset, readers: dict[int, Rows], lane: list[int]) -> tuple[Any, int, Place] | None:
+def _next_row(
+    dataset: _Dataset, readers: dict[int, Parts], lane: list[int]
+) -> tuple[Document | Skipped, int, int] | None:
     """Return the lane's next row, None at its file's end; after an error the next call opens the file anew."""
     file, group, row = lane
     reader = readers.pop(file, None) or dataset.rows(file, (group, row))
@@ -88,14 +89,13 @@ def _find(settings: SourceSettings) -> _Dataset:
     builder = datasets.load_dataset_builder(settings.dataset, name=settings.name, revision=settings.revision)
     files = (builder.config.data_files or {}).get(settings.split)
     if files and all(str(file).endswith(".parquet") for file in files):
-        _require_field(_parquet_fields(str(files[0])), settings)
-        return _Dataset([str(file) for file in files], lambda k, place: _parquet_rows(files[k], settings, place))
+        _require_field(_table_fields(str(files[0])), settings)
+        return _Dataset(len(files), lambda k, place: _table_rows(str(files[k]), settings, place))
     stream = builder.as_streaming_dataset(split=settings.split)  # raises for a split that isn't there
     _require_field(stream.column_names or list(next(iter(stream), {settings.text_field: None})), settings)
     count = stream.num_shards
-    names = [str(file) for file in files] if files and len(files) == count else []
-    names = names or [f"{settings.dataset}, file {k}" for k in range(count)]
-    return _Dataset(names, lambda k, place: _stream_rows(stream.shard(count, k), settings, place))
+    names = [str(file) for file in files] if files and len(files) == count else [f"file {k}" for k in range(count)]
+    return _Dataset(count, lambda k, place: _stream_rows(stream.shard(count, k), names[k], settings, place))
 
 
 def _require_field(fields: list[str], settings: SourceSettings) -> None:
@@ -103,39 +103,21 @@ def _require_field(fields: list[str], settings: SourceSettings) -> None:
         raise no_field(f"dataset {settings.dataset}", settings.text_field, fields)
 
 
-def _parquet_fields(url: str) -> list[str]:
-    import fsspec
-    from pyarrow import parquet
-
+def _table_fields(url: str) -> list[str]:
     with fsspec.open(url, "rb") as file:
-        return list(parquet.read_schema(file).names)
+        return fields_of(file)
 
 
-def _parquet_rows(url: str, settings: SourceSettings, place: Place) -> Rows:
-    """Yield the rows of a parquet file from `place` on, reading its footer and the row groups from there."""
-    import fsspec
-    from pyarrow import parquet
-
-    first, skip = place
+def _table_rows(url: str, settings: SourceSettings, place: Place) -> Parts:
     with fsspec.open(url, "rb") as file:
-        table = parquet.ParquetFile(file, buffer_size=2**20)  # bytes at a time, not a whole column of a row group
-        number = sum(table.metadata.row_group(group).num_rows for group in range(first)) + skip
-        for group in range(first, table.num_row_groups):
-            row = 0
-            for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=[settings.text_field]):
-                texts = batch.column(0).slice(max(0, skip - row)).to_pylist() if skip < row + len(batch) else []
-                row += len(batch) - len(texts)
-                for text in texts:
-                    row, number = row + 1, number + 1
-                    yield text, number, (group, row)
-            skip = 0
+        yield from read_table(file, url, settings.text_field, *place)
 
 
-def _stream_rows(stream: Any, settings: SourceSettings, place: Place) -> Rows:
+def _stream_rows(stream: Any, name: str, settings: SourceSettings, place: Place) -> Parts:
     """Yield the rows of one file of a dataset in another format; the rows before `place` are read and dropped."""
     rows = stream.select_columns([settings.text_field])
     for row, record in enumerate(islice(rows, place[1], None), place[1] + 1):
-        yield record[settings.text_field], row, (0, row)
+        yield checked(record[settings.text_field], f"{name}:{row}"), 0, row
 
 
 def _persevere(work: Callable[[], T], settings: SourceSettings) -> T:
@@ -173,7 +155,7 @@ def _may_pass(error: Exception) -> bool:
     from pyarrow import ArrowException
 
     http_error: type[Exception] = getattr(errors, "HTTPError")  # noqa: B009  that of whichever HTTP client it uses
-    return isinstance(error, (OSError, EOFError, http_error, ArrowException))
+    return isinstance(error, (OSError, EOFError, http_error, ArrowException, json.JSONDecodeError))
 
 
 def _mistake(error: Exception, settings: SourceSettings) -> UserError | None:
@@ -189,7 +171,8 @@ def _mistake(error: Exception, settings: SourceSettings) -> UserError | None:
             f"{_named(settings)}, and the hub refuses access ({_words(error)}). It may be private or gated: accept its "
             "terms on its page and log in with `hf auth login`, or set data.dataset to another."
         )
-    wrong = isinstance(error, (ValueError, FileNotFoundError)) and not isinstance(error, ArrowException)
+    garbled = isinstance(error, (ArrowException, json.JSONDecodeError))  # a page in place of a file: that passes, too
+    wrong = isinstance(error, (ValueError, FileNotFoundError)) and not garbled
     if status != 404 and (status is not None or not wrong):
         return None
     blamed = {"Bad split": "split", "BuilderConfig": "name", "Config name": "name", "Revision": "revision"}

@@ -44,7 +44,7 @@ def seconds_of(steps: int, extras: Any) -> float:
         (cost, step)
         for step in range(5, last + 1)
         for cost, every in extras
-        if step == last or every and step % every == 0
+        if step == last or (every and step % every == 0)
     )
     return 2 * steps + sum(cost for cost, _ in due)
 

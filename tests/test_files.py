@@ -16,7 +16,7 @@ import pytest
 from pyarrow import parquet
 from reading import assert_resumes_everywhere, read, texts, write_rows
 
-from moelet import decompress
+from moelet import decompress, tables
 from moelet import files as text_files
 from moelet.documents import Document, Skipped
 from moelet.errors import UserError
@@ -271,7 +271,7 @@ def test_a_decompression_bomb_is_not_held(around: str, tmp_path: Path, monkeypat
 
 
 def test_a_table_goes_on_at_its_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_files, "BATCH_ROWS", 3)
+    monkeypatch.setattr(tables, "BATCH_ROWS", 3)
     rows = [f"row {k}" for k in range(25)]
     path = write_table(tmp_path / "rows.parquet", rows, row_group_size=10)
     whole = assert_resumes_everywhere(files(path))
@@ -313,7 +313,7 @@ def test_each_value_of_a_table_is_text_or_skipped_with_its_reason(tmp_path: Path
 
 
 def test_a_damaged_table_is_skipped_from_there_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_files, "BATCH_ROWS", 4)
+    monkeypatch.setattr(tables, "BATCH_ROWS", 4)
     rows = [f"row {k}" for k in range(25)]
     path = write_table(tmp_path / "rows.parquet", rows, row_group_size=10)
     for name in ("after1.txt", "after2.txt"):
@@ -335,7 +335,7 @@ def test_a_damaged_table_is_skipped_from_there_on(tmp_path: Path, monkeypatch: p
 
 
 def test_a_wrong_byte_anywhere_in_a_table_loses_no_row_unsaid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_files, "BATCH_ROWS", 4)
+    monkeypatch.setattr(tables, "BATCH_ROWS", 4)
     path = tmp_path / "rows.parquet"
     write_table(path, [f"row {k}" for k in range(25)], row_group_size=10, write_page_checksum=True, compression="none")
     whole = path.read_bytes()

@@ -1,0 +1,46 @@
+"""Documents in a .parquet file, from any row group on, wherever the file lies."""
+
+from itertools import chain
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from moelet.documents import Document, Parts, Skipped, checked, no_field
+
+BLOCK = 64 * 2**10  # bytes read at once of a column, instead of a whole row group's
+BATCH_ROWS = 100  # rows decoded at once; a hundred books are 50 MB
+
+
+def fields_of(file: BinaryIO) -> list[str]:
+    """Return the names of the columns. Raises pyarrow's errors for what is no table."""
+    return list(parquet.read_schema(file).names)
+
+
+def read_table(file: BinaryIO, name: str, field: str, group: int, row: int) -> Parts:
+    """Yield the rows after the first `row`, each with the row group to go on in and the number of rows then read.
+
+    `group` is the row group that the next row is in; those before it are not read. Raises UserError when there is no
+    such field, and pyarrow's errors for a file that is damaged.
+    """
+    with parquet.ParquetFile(file, buffer_size=BLOCK, page_checksum_verification=True) as table:
+        if field not in table.schema_arrow.names:
+            raise no_field(name, field, table.schema_arrow.names)
+        counts = [table.metadata.row_group(k).num_rows for k in range(table.num_row_groups)]
+        for k in range(group, len(counts)):
+            number, end = sum(counts[:k]), sum(counts[: k + 1])
+            batches = table.iter_batches(BATCH_ROWS, [k], [field], use_threads=False)
+            for value in chain.from_iterable(batch.column(field) for batch in batches):
+                number += 1
+                if number > row:
+                    yield _decode(value, f"{name}:{number}"), k + (number == end), number
+            if number != end:
+                raise pa.ArrowInvalid(f"row group {k} of {name} ends at row {number}, not {end}")
+
+
+def _decode(value: Any, where: str) -> Document | Skipped:
+    """Return the text that stands in a table, or why it isn't one."""
+    try:
+        return checked(value.as_py() if isinstance(value, pa.StringScalar | pa.DictionaryScalar) else None, where)
+    except UnicodeDecodeError:  # Arrow reads bytes that claim to be UTF-8 unseen
+        return Skipped("invalid UTF-8", where)
