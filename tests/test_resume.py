@@ -1,98 +1,24 @@
-"""A resumed run is the run it would have been: after kill -9, signals, damage, and in every mode, to the last bit.
+"""A resumed run is the run it would have been: after kill -9, signals, damage, and in every mode, to the last bit."""
 
-Processes come from a zygote: one process that has imported torch and run nothing, and forks for each command.
-"""
-
-import hashlib
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import TinySettings
+from processes import Zygote, assert_same_run, digests, kill_and_resume, last_step, newest, rows, wait_for_step
 
 from moelet import metrics, session, train
 from moelet.console import Progress
 from moelet.hparams import make_hparams
 from moelet.tokenizer import Tokenizer
 
-# what measures the machine and not the run
-MEASURED = {"seconds", "elapsed", "data_wait", "tokens_per_second", "mfu", "memory_mb"}
 RECIPE = Path(__file__).parent.parent / "recipes" / "cpu-tiny.json"
-
-ZYGOTE = """
-import json, os, sys
-import matplotlib.backends.backend_agg, matplotlib.figure
-import moelet.cli, moelet.evaluate, moelet.report, moelet.train
-from moelet import metrics
-metrics.RATE_SECONDS, metrics.RATE_SIZE["cpu"] = 0.0, 8
-os.fsync = lambda handle: None  # a killed process's writes are in the kernel already; power cuts are test_checkpoint's
-for line in sys.stdin:
-    order = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        os.setpgid(0, 0)
-        out = os.open(order["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(out, 1), os.dup2(out, 2), os.close(0)
-        try:
-            code = moelet.cli.main(order["arguments"])
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Zygote:
-    """Runs `moelet` commands, one at a time, each in a process of its own."""
-
-    def __init__(self, out: Path) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-        self.out = out
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", ZYGOTE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=Path(__file__).parent.parent,
-        )
-
-    def start(self, *arguments: object) -> int:
-        """Start a command; return the number of its process."""
-        self.out.write_text("")
-        order = {"arguments": [str(argument) for argument in arguments], "out": str(self.out)}
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        return int(self._line())
-
-    def wait(self) -> int:
-        """Return the exit code of the command, or minus the signal that ended it."""
-        return int(self._line())
-
-    def said(self) -> str:
-        return self.out.read_text(encoding="utf-8")
-
-    def run(self, *arguments: object) -> None:
-        self.start(*arguments)
-        code = self.wait()
-        assert code == 0, self.said()
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline()
 
 
 @pytest.fixture(scope="module")
@@ -101,45 +27,6 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     yield found
     found.process.kill()
     found.process.wait()
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl, without what depends on the clock."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [{key: value for key, value in json.loads(line).items() if key not in MEASURED} for line in lines]
-
-
-def last_step(run: Path) -> int:
-    found = rows(run)
-    return found[-1]["step"] if found else 0
-
-
-def newest(run: Path) -> Path:
-    return max((run / "checkpoints").glob("step-????????"))
-
-
-def digests(run: Path) -> dict[str, str]:
-    names = ("model.safetensors", "optimizer.safetensors")
-    return {name: hashlib.sha256((newest(run) / name).read_bytes()).hexdigest() for name in names}
-
-
-def assert_same_run(run: Path, uninterrupted: Path) -> None:
-    found, expected = rows(run), rows(uninterrupted)
-    for one, other in zip(found, expected, strict=False):
-        assert one == other, f"step {one['step']}"
-    assert len(found) == len(expected)
-    assert newest(run).name == newest(uninterrupted).name
-    assert digests(run) == digests(uninterrupted)
-
-
-def wait_for_step(run: Path, step: int, pid: int) -> None:
-    limit = time.monotonic() + 60
-    while last_step(run) < step:
-        assert time.monotonic() < limit, f"step {step} never came"
-        if not Path(f"/proc/{pid}/stat").exists():
-            return
-        time.sleep(0.001)
 
 
 # 1. kill -9
@@ -161,21 +48,6 @@ def uninterrupted(zygote: Zygote, tiny_settings: TinySettings, tmp_path_factory:
     zygote.run("train", write_settings(folder / "settings.json", tiny_settings()), "--run", folder / "run")
     assert [row["step"] for row in rows(folder / "run")] == list(range(1, STEPS + 1))
     return folder / "run"
-
-
-def kill_and_resume(zygote: Zygote, settings: Path, run: Path, kills: Sequence[int], draw: random.Random) -> None:
-    """Train to the end, killed once at each of the steps `kills` or a little later."""
-    resumed_at = 0
-    for number, step in enumerate(kills):
-        pid = zygote.start("train", *(["--resume", run] if number else [settings, "--run", run]))
-        wait_for_step(run, step, pid)
-        time.sleep(draw.uniform(0, 0.02))
-        os.kill(pid, signal.SIGKILL)
-        assert zygote.wait() == -signal.SIGKILL, zygote.said()
-        reached = max(last_step(run), resumed_at)
-        resumed_at = max([0, *(int(path.name[5:]) for path in (run / "checkpoints").glob("step-????????"))])
-        assert reached - resumed_at <= EVERY, "more than a save interval is lost"
-    zygote.run("train", "--resume", run)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +72,7 @@ def test_killed_at_five_random_steps_the_run_ends_as_if_nothing_had_happened(
             tmp_path / "whole",
         )
         zygote.run("train", path, "--run", expected)
-    kill_and_resume(zygote, path, tmp_path / "run", sorted(draw.sample(range(1, STEPS - 10), 5)), draw)
+    kill_and_resume(zygote, path, tmp_path / "run", sorted(draw.sample(range(1, STEPS - 10), 5)), EVERY, draw)
     assert_same_run(tmp_path / "run", expected)
     left = {entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()}
     assert all(".tmp" not in name for name in left), "what interrupted saves left must be swept up"
