@@ -15,16 +15,17 @@ import json
 import logging
 import random
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from itertools import islice
 from pathlib import Path
+from time import monotonic, sleep, time
 from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 import numpy as np
+from pyarrow import ArrowException
 
 from moelet.documents import Cursor, Document, Items, Parts, Skipped, checked, no_field
 from moelet.errors import TemporaryError, UserError
@@ -37,6 +38,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between tries, doubling; after
 COMMIT = re.compile("[0-9a-f]{40}")
 LONGEST_WORDS = 300  # characters of a client's error that ours repeats
 LOG = logging.getLogger("moelet")
+
+GARBLED = (ArrowException, json.JSONDecodeError)  # what a login page in place of a file, or half a file, raises
 
 T = TypeVar("T")
 S = TypeVar("S", bound=SourceSettings)
@@ -126,7 +129,7 @@ def _persevere(work: Callable[[], T], settings: SourceSettings) -> T:
     The pauses double, with jitter, or are what the hub asks for. Raises UserError where waiting doesn't help, and
     TemporaryError when patience is over.
     """
-    began, pause = time.monotonic(), FIRST_PAUSE
+    began, pause = monotonic(), FIRST_PAUSE
     while True:
         try:
             return work()
@@ -137,7 +140,7 @@ def _persevere(work: Callable[[], T], settings: SourceSettings) -> T:
                 raise mistake from error
             if not _may_pass(error):
                 raise
-            waited, words = time.monotonic() - began, _words(error)
+            waited, words = monotonic() - began, _words(error)
             wait = max(pause * random.uniform(0.5, 1.5), _asked_to_wait(error))
             if waited + wait > PATIENCE:
                 raise TemporaryError(
@@ -145,34 +148,39 @@ def _persevere(work: Callable[[], T], settings: SourceSettings) -> T:
                     "run the same command again, or go on with the run later."
                 ) from error
         LOG.warning(f"{settings.dataset} can't be reached ({words}); trying again in {wait:.1f} s")
-        time.sleep(wait)
+        sleep(wait)
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def _may_pass(error: Exception) -> bool:
     """Return whether this is the world's fault, not the program's: the connection, or bytes that make no sense."""
     from huggingface_hub import errors
-    from pyarrow import ArrowException
 
     http_error: type[Exception] = getattr(errors, "HTTPError")  # noqa: B009  that of whichever HTTP client it uses
-    return isinstance(error, (OSError, EOFError, http_error, ArrowException, json.JSONDecodeError))
+    return isinstance(error, (OSError, EOFError, http_error, *GARBLED))
 
 
 def _mistake(error: Exception, settings: SourceSettings) -> UserError | None:
     """Return what to tell the user where no waiting helps: the settings are wrong, or the hub refuses."""
     from huggingface_hub import constants
-    from pyarrow import ArrowException
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     if constants.HF_HUB_OFFLINE and isinstance(error, ConnectionError):
         return UserError(f"{_named(settings)}, and HF_HUB_OFFLINE is set. The hub is needed. Unset that variable.")
+    if isinstance(error, RevisionNotFoundError):
+        return UserError(f"{_named(settings)}. The dataset has no revision {settings.revision!r}. Set data.revision.")
+    if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
+        return UserError(
+            f"{_named(settings)}. The hub has no such dataset, or it is private. Set data.dataset, or log in with `hf "
+            "auth login`."
+        )
     status = next((found for response in _responses(error) if (found := response.status_code)), None)
     if status in (401, 403):
         return UserError(
-            f"{_named(settings)}, and the hub refuses access ({_words(error)}). It may be private or gated: accept its "
+            f"{_named(settings)}, and the hub refuses access ({_words(error)}). The dataset may be gated: accept its "
             "terms on its page and log in with `hf auth login`, or set data.dataset to another."
         )
-    garbled = isinstance(error, (ArrowException, json.JSONDecodeError))  # a page in place of a file: that passes, too
-    wrong = isinstance(error, (ValueError, FileNotFoundError)) and not garbled
+    wrong = isinstance(error, (ValueError, FileNotFoundError)) and not isinstance(error, GARBLED)
     if status != 404 and (status is not None or not wrong):
         return None
     blamed = {"Bad split": "split", "BuilderConfig": "name", "Config name": "name", "Revision": "revision"}
@@ -196,7 +204,7 @@ def _asked_to_wait(error: Exception) -> float:
         if value.isdecimal():
             return float(value)
         with suppress(ValueError):
-            return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+            return max(0.0, parsedate_to_datetime(value).timestamp() - time())
     return 0.0
 
 

@@ -93,7 +93,9 @@ def _pass_of(part: MixedSource, seed: int, epoch: int, state: Cursor) -> Items:
 
 def _label(settings: SourceSettings) -> str:
     """Return what a person calls the source."""
-    return str(settings.dataset or settings.files or settings.source)
+    files = [settings.files] if isinstance(settings.files, str) else settings.files or []
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    return settings.dataset or (f"{files[0]}{more}" if files else settings.source)
 
 
 def mix_shares(settings: DataSettings, documents: Sequence[int], characters: Sequence[int]) -> list[dict[str, Any]]:
