@@ -13,7 +13,7 @@ from moelet.budget import Clock, Pace
 from moelet.console import Progress, progress_line
 from moelet.data import Batch, Prefetch, Validation, reading_report
 from moelet.documents import Cursor
-from moelet.errors import TemporaryError
+from moelet.errors import TemporaryError, UserError
 from moelet.evaluate import evaluate
 from moelet.generate import Sampling, stream_text
 from moelet.loss import bits_per_byte
@@ -51,8 +51,8 @@ class Session:
     def advance(self, batches: Prefetch, enough: Callable[[], bool]) -> None:
         """Make one optimizer step, and log, evaluate and save where that is due.
 
-        Nothing is done when `enough()` while there is no data. Raises TemporaryError, with everything saved, when the
-        data's source is away.
+        Nothing is done when `enough()` while there is no data. What the data's source raises comes through with
+        everything saved.
         """
         training, settings = self.training, self.training.hparams.train
         began, before = time.perf_counter(), training.step
@@ -62,7 +62,7 @@ class Session:
                 if (item := batches.wait(enough)) is None:
                     return
                 items.append(item)
-        except TemporaryError:
+        except (TemporaryError, UserError):
             self.save()
             raise
         self.waited += time.perf_counter() - began
