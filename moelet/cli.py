@@ -107,6 +107,34 @@ def _train_and_report(run: Path, progress: Any, work: Any) -> None:
     )
 
 
+@app.command(epilog="Example: moelet prepare recipes/own-text.json --out prepared --tokens 50000000")
+def prepare(
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The settings; default: hparams.json.")] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the text goes.")] = Path("prepared"),
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Training tokens to prepare; default: what the run of FILE needs.")
+    ] = None,
+    changes: Changes = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Encode a source once, for training to read instead of the source; goes on where it was interrupted."""
+    from moelet.console import Progress, table
+    from moelet.hparams import read_hparams
+    from moelet.prepare import prepare as prepare_text
+
+    _check_writable(json_file)
+    with Progress() as progress:
+        made = prepare_text(read_hparams(file or Path("hparams.json"), changes or []), out, tokens, progress)
+    rows = [
+        ("documents and rows", f"{made['items']:,}"),
+        ("text", f"{made['bytes']:,} bytes, {made['tokens']:,} tokens, vocabulary {made['vocab_size']}"),
+        ("shards", f"{len(made['shards'])}"),
+    ]
+    print("\n".join(table(str(out), rows)))
+    print(f"train   python -m moelet train {out / 'hparams.json'}")
+    _write_json(json_file, {key: made[key] for key in ("items", "bytes", "tokens", "vocab_size")})
+
+
 @app.command(epilog='Example: moelet generate runs/first --prompt "def main(" --temperature 0.7 --top-k 40')
 def generate(
     run: RunFolder,
@@ -212,7 +240,7 @@ def train_tokenizer(
         {"data": data, "tokenizer": {"vocab_size": vocab_size, "algorithm": algorithm}, "train": {"train_steps": 1}}
     )
     windows = one_epoch(settings.data, 0, "all", START)
-    texts = (piece.text for pieces, _ in windows for piece in pieces)
+    texts = (piece.text for pieces, _ in windows for piece in pieces if piece.text is not None)
     tokenizer = Tokenizer.train(texts, vocab_size, settings.tokenizer.algorithm, settings.tokenizer.sample_bytes)
     tokenizer.save(out)
     print(f"{out}: {tokenizer.vocab_size} pieces")

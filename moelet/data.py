@@ -18,22 +18,23 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moelet.documents import Cursor, Document, Skipped
+from moelet.documents import Cursor, Document, Items, Prepared, Skipped
 from moelet.errors import UserError, pick
 from moelet.hparams import DataSettings
 from moelet.loss import IGNORE
 from moelet.sources import SOURCES, mix_shares
 from moelet.tokenizer import Tokenizer
 
-PREFETCH_BATCHES = 4
+PREFETCH_BATCHES, PREFETCH_WINDOWS = 4, 1
 POLL_SECONDS, LEAVE_SECONDS = 0.1, 2.0  # to see a signal while waiting for data; to wait for the thread at the end
 VALIDATION_WINDOW = 64  # held-out pieces read at once: at 2% held out, 64 take 26 MB of text to find
+T = TypeVar("T")
 START: Cursor = {
     "epoch": 0,
     "window": 0,
@@ -47,8 +48,12 @@ START: Cursor = {
 
 
 class Piece(NamedTuple):
-    text: str
+    """A stretch of a document: its text, or the ids of it without BOS and EOS where it was prepared."""
+
     name: str
+    text: str | None
+    ids: np.ndarray | None
+    digest: int
     ends: bool  # whether the document ends here: only then an EOS follows
 
 
@@ -83,23 +88,39 @@ def cut(document: Document, piece_chars: int) -> list[Piece]:
                     end = found + 1
                     break
         last = end >= len(text)
-        pieces.append(Piece(text[start:end], f"{document.name}#{start}", last and document.ends))
+        part, name = text[start:end], f"{document.name}#{start}"
+        pieces.append(Piece(name, part, None, text_digest(part), last and document.ends))
         start = end
     return pieces
 
 
-def held_out(text: str, fraction: float) -> bool:
-    """Return whether this piece of text is for validation: a property of its content, so equal texts never part."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest) < fraction * 2**64
+def text_digest(text: str) -> int:
+    """Return a number below 2^64 that only the text decides: the first 8 bytes of its BLAKE2b."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
-def splits(settings: DataSettings) -> dict[str, Callable[[str], bool]]:
-    """Return which pieces of text belong to each split."""
+def pieces_of(item: Document | Prepared, piece_chars: int) -> list[Piece]:
+    """Return the pieces of a document, cut now or before."""
+    if isinstance(item, Document):
+        return cut(item, piece_chars)
+    last = len(item.pieces) - 1
+    return [
+        Piece(f"{item.name}#{k}", None, piece.ids, piece.digest, item.ends and k == last)
+        for k, piece in enumerate(item.pieces)
+    ]
+
+
+def held_out(digest: int, fraction: float) -> bool:
+    """Return whether a piece of text is for validation: a property of its content, so equal texts never part."""
+    return digest < fraction * 2**64
+
+
+def splits(settings: DataSettings) -> dict[str, Callable[[int], bool]]:
+    """Return which digests of pieces belong to each split."""
     return {
-        "train": lambda text: not held_out(text, settings.validation_fraction),
-        "validation": lambda text: held_out(text, settings.validation_fraction),
-        "all": lambda text: True,
+        "train": lambda digest: not held_out(digest, settings.validation_fraction),
+        "validation": lambda digest: held_out(digest, settings.validation_fraction),
+        "all": lambda digest: True,
     }
 
 
@@ -123,9 +144,9 @@ def one_epoch(settings: DataSettings, seed: int, split: str, at: Cursor) -> Iter
 
 
 def _read_window(
-    items: Iterator[tuple[Document | Skipped, Cursor]],
+    items: Items,
     settings: DataSettings,
-    keep: Callable[[str], bool],
+    keep: Callable[[int], bool],
     counts: Counter[str],
 ) -> tuple[list[Piece], Cursor | None]:
     """Return pieces of whole documents until the window is full, and the source's cursor then; None at its end."""
@@ -134,13 +155,13 @@ def _read_window(
         if isinstance(item, Skipped):
             counts[item.reason] += 1
         else:
-            whole = cut(item, settings.piece_chars)
+            whole = pieces_of(item, settings.piece_chars)
             counts["documents"] += 1 if item.ends else 0
             counts["cut in pieces"] += 1 if len(whole) > 1 and item.ends else 0
-            if settings.mix:
+            if settings.mix and isinstance(item, Document):
                 counts[f"mix {item.part} documents"] += int(item.ends)
                 counts[f"mix {item.part} characters"] += len(item.text)
-            pieces += [piece for piece in whole if keep(piece.text)]
+            pieces += [piece for piece in whole if keep(piece.digest)]
         if len(pieces) >= settings.shuffle_window:
             return pieces, cursor
     return pieces, None
@@ -187,10 +208,11 @@ def no_text(split: str, settings: DataSettings, counts: dict[str, int]) -> UserE
 
 def encoded(pieces: list[Piece], tokenizer: Tokenizer) -> list[np.ndarray]:
     """Return the ids of each piece, BOS first, and EOS last where its document ends."""
-    bodies = tokenizer.encode_batch([piece.text for piece in pieces])
+    fresh = iter(tokenizer.encode_batch([piece.text for piece in pieces if piece.text is not None]))
+    bos, eos = (np.array([mark], dtype=np.int32) for mark in (tokenizer.bos_id, tokenizer.eos_id))
+    bodies = (next(fresh) if piece.ids is None else piece.ids for piece in pieces)
     return [
-        np.array([tokenizer.bos_id, *ids, *([tokenizer.eos_id] if piece.ends else [])], dtype=np.int32)
-        for piece, ids in zip(pieces, bodies, strict=True)
+        np.concatenate([bos, ids, eos] if piece.ends else [bos, ids]) for piece, ids in zip(pieces, bodies, strict=True)
     ]
 
 
@@ -213,17 +235,22 @@ def padded(pieces: list[np.ndarray], length: int) -> np.ndarray:
 def training_rows(
     settings: DataSettings, tokenizer: Tokenizer, length: int, seed: int, at: Cursor
 ) -> Iterator[tuple[np.ndarray, Cursor]]:
-    """Yield rows without end. Those of a window come in random order, so that a batch isn't one document."""
+    """Yield rows without end. Those of a window come in random order, so that a batch isn't one document.
+
+    While one window is used up, a thread reads and encodes the next.
+    """
     rows_of = packed if settings.packing else padded
+    windows = ((rows_of(encoded(pieces, tokenizer), length), at) for pieces, at in epochs(settings, seed, at))
     positions, padding = at["positions"], at["padding"]
-    for pieces, window in epochs(settings, seed, at):
-        rows = rows_of(encoded(pieces, tokenizer), length)
-        order = np.random.default_rng([seed, window["epoch"], window["window"]]).permutation(len(rows))
-        for index in range(window["row"], len(rows)):
-            row = rows[order[index]]
-            positions += length
-            padding += int((row[:-1] == Tokenizer.pad_id).sum())
-            yield row, {**window, "row": index + 1, "positions": positions, "padding": padding}
+    with Prefetch(windows, PREFETCH_WINDOWS) as ahead:
+        while True:
+            rows, window = next(ahead)
+            order = np.random.default_rng([seed, window["epoch"], window["window"]]).permutation(len(rows))
+            for index in range(window["row"], len(rows)):
+                row = rows[order[index]]
+                positions += length
+                padding += int((row[:-1] == Tokenizer.pad_id).sum())
+                yield row, {**window, "row": index + 1, "positions": positions, "padding": padding}
 
 
 def collate(rows: list[np.ndarray]) -> Batch:
@@ -254,7 +281,7 @@ def training_texts(settings: DataSettings, seed: int) -> Iterator[str]:
     found = False
     for pieces, _ in one_epoch(settings, seed, "train", START):
         found = found or bool(pieces)
-        yield from (piece.text for piece in pieces)
+        yield from (piece.text for piece in pieces if piece.text is not None)
         if not pieces and not found:
             next(epochs(settings, seed, START))  # raises the error that says what the source held instead
 
@@ -284,21 +311,22 @@ def read_validation(
         raise no_text(split, settings, counts)
     rows = (packed if settings.packing else padded)(ids, length)
     groups = [collate(list(rows[start : start + size])) for start in range(0, len(rows), size)]
-    raw = "".join(piece.text for piece in taken).encode()
+    texts = (tokenizer.decode(piece.ids) if piece.ids is not None else piece.text for piece in taken)
+    raw = "".join(filter(None, texts)).encode()
     gzip_bits = 8 * len(gzip.compress(raw, 9)) / max(1, len(raw))
     n_predicted = sum(int((batch.labels != IGNORE).sum()) for batch in groups)
     return Validation(groups, n_predicted, len(raw), gzip_bits)
 
 
-class Prefetch:
+class Prefetch(Generic[T]):
     """A background thread that keeps a few items ready; the cursor that counts is that of the item handed out.
 
     Use as a context manager; an error in the thread is raised by the next call of `next`.
     """
 
-    def __init__(self, items: Iterator[tuple[Batch, Cursor]]) -> None:
+    def __init__(self, items: Iterator[tuple[T, Cursor]], size: int) -> None:
         self._items, self._stop = items, threading.Event()
-        self._queue: queue.Queue[Any] = queue.Queue(PREFETCH_BATCHES)
+        self._queue: queue.Queue[Any] = queue.Queue(size)
         self._thread = threading.Thread(target=self._fill, name="moelet-data", daemon=True)
 
     def __enter__(self) -> Self:
@@ -313,12 +341,12 @@ class Prefetch:
                 self._queue.get_nowait()
             self._thread.join(0.05)
 
-    def __next__(self) -> tuple[Batch, Cursor]:
+    def __next__(self) -> tuple[T, Cursor]:
         found = self.wait(lambda: False)
         assert found is not None
         return found
 
-    def wait(self, enough: Callable[[], bool]) -> tuple[Batch, Cursor] | None:
+    def wait(self, enough: Callable[[], bool]) -> tuple[T, Cursor] | None:
         """Return the next item, or None as soon as `enough()` while there is none."""
         while True:
             try:
@@ -329,8 +357,8 @@ class Prefetch:
                 continue
             if isinstance(item, BaseException):
                 raise item
-            batch, cursor = item
-            return batch, cursor
+            found, cursor = item
+            return found, cursor
 
     def _fill(self) -> None:
         try:
@@ -341,3 +369,5 @@ class Prefetch:
             self._queue.put(StopIteration())
         except BaseException as error:  # handed over, to be raised where the batch is missed
             self._queue.put(error)
+        finally:
+            getattr(self._items, "close", lambda: None)()  # ends the threads that it waits for

@@ -7,6 +7,8 @@ rest of that pass.
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from moelet.errors import UserError
 
 Cursor = dict[str, Any]
@@ -29,7 +31,20 @@ class Skipped(NamedTuple):
     where: str
 
 
-Items = Iterator[tuple[Document | Skipped, Cursor]]
+class PreparedPiece(NamedTuple):
+    ids: np.ndarray  # int32, without BOS and EOS
+    digest: int  # of its text
+
+
+class Prepared(NamedTuple):
+    """A document, or one part of it, that was cut and encoded before."""
+
+    name: str
+    pieces: list[PreparedPiece]
+    ends: bool
+
+
+Items = Iterator[tuple[Document | Prepared | Skipped, Cursor]]
 Parts = Iterator[tuple[Document | Skipped, int, int]]  # of one file: with the offset to go on at, and the rows read
 
 

@@ -103,6 +103,8 @@ class SourceSettings(Section):
     def _source_has_what_it_needs(self) -> Self:
         if self.source == "files" and not self.files:
             raise ValueError('source is "files" and files is null. Set data.files to a path, a glob or a list of them.')
+        if self.source == "prepared" and not self.files:
+            raise ValueError('source is "prepared" and files is null. Set data.files to what `moelet prepare` wrote.')
         if self.source == "hub" and not self.dataset:
             raise ValueError('source is "hub" and dataset is null. Set data.dataset, such as "Zyphra/Zyda-2".')
         return self
@@ -132,6 +134,8 @@ class DataSettings(SourceSettings):
             )
         if any(part.source == "mix" for part in self.mix or []):
             raise ValueError('a source of data.mix is a "mix" itself. Put its sources into data.mix.')
+        if any(part.source == "prepared" for part in self.mix or []):
+            raise ValueError('a source of data.mix is "prepared". Mix texts, and prepare the mix as a whole.')
         return self
 
 

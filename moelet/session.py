@@ -48,7 +48,7 @@ class Session:
         evaluation = FORWARD_SHARE * validation.n_tokens / hparams.tokens_per_step
         self.pace = None if budget is None else Pace(clock, budget, evaluation)
 
-    def advance(self, batches: Prefetch, enough: Callable[[], bool]) -> None:
+    def advance(self, batches: Prefetch[Batch], enough: Callable[[], bool]) -> None:
         """Make one optimizer step, and log, evaluate and save where that is due.
 
         Nothing is done when `enough()` while there is no data. What the data's source raises comes through with

@@ -18,6 +18,7 @@ from moelet.errors import UserError, pick
 from moelet.files import fingerprint_files, pin_files, read_files
 from moelet.hparams import DataSettings, MixedSource, SourceSettings
 from moelet.hub import fingerprint_hub, pin_hub, read_hub
+from moelet.shards import fingerprint_prepared, read_prepared
 
 PASSES = 2**20  # passes over one part of a mix while another has not ended once
 
@@ -127,5 +128,6 @@ SOURCES: dict[str, Source] = {
     "embedded": Source(_read_embedded, _fingerprint_embedded),
     "files": Source(read_files, fingerprint_files, pin_files),
     "hub": Source(read_hub, fingerprint_hub, pin_hub),
+    "prepared": Source(read_prepared, fingerprint_prepared, pin_files),
     "mix": Source(read_mix, _fingerprint_mix, _pin_mix),
 }

@@ -21,7 +21,7 @@ from moelet.attention import ATTENTION
 from moelet.budget import Clock
 from moelet.checkpoint import HPARAMS, TOKENIZER, load_run_settings, write_file
 from moelet.console import Progress, duration, table
-from moelet.data import Prefetch, Validation, read_validation, training_batches, training_texts
+from moelet.data import PREFETCH_BATCHES, Prefetch, Validation, read_validation, training_batches, training_texts
 from moelet.errors import Interrupted, UserError, pick
 from moelet.experts import ACTIVATIONS, BACKENDS
 from moelet.hparams import LENGTHS, Hparams, read_hparams
@@ -31,6 +31,7 @@ from moelet.moe import ROUTERS
 from moelet.optim import OPTIMIZERS, SCHEDULES
 from moelet.precision import choose_device, choose_dtype
 from moelet.session import Session
+from moelet.shards import folder_of, read_manifest
 from moelet.sources import SOURCES
 from moelet.step import Training, build, restore
 from moelet.tokenizer import Tokenizer
@@ -70,11 +71,24 @@ def pinned(hparams: Hparams) -> Hparams:
 
 
 def make_tokenizer(hparams: Hparams) -> Tokenizer:
-    """Return the tokenizer of the settings: loaded, or trained on the run's own training text."""
-    settings = hparams.tokenizer
+    """Return the tokenizer of the settings: loaded, or trained on the run's own training text.
+
+    Raises UserError when the text was prepared with another, or cut in other pieces.
+    """
+    settings, data = hparams.tokenizer, hparams.data
+    if data.source == "prepared":
+        folder = folder_of(data)
+        manifest = read_manifest(folder)
+        tokenizer = Tokenizer.load(settings.file or folder / TOKENIZER)
+        if (tokenizer.fingerprint, data.piece_chars) != (manifest["tokenizer"], manifest["piece_chars"]):
+            raise UserError(
+                f"{folder} was prepared with another tokenizer, or in pieces of {manifest['piece_chars']} characters. "
+                f"Set tokenizer.file to null and data.piece_chars to {manifest['piece_chars']}, or prepare it again."
+            )
+        return tokenizer
     if settings.file is not None:
         return Tokenizer.load(Path(settings.file))
-    texts = training_texts(hparams.data, hparams.train.seed)
+    texts = training_texts(data, hparams.train.seed)
     return Tokenizer.train(texts, settings.vocab_size, settings.algorithm, settings.sample_bytes)
 
 
@@ -147,7 +161,7 @@ def resume(
         spent = spent_on(run)
         limit = [] if seconds is None else [f"train.time_budget={spent + seconds}"]
         hparams = read_hparams(settings or run / HPARAMS, [*changes, *limit])
-        hparams = pinned(_with_commits_of(read_hparams(run / HPARAMS), hparams))
+        hparams = pinned(with_commits_of(read_hparams(run / HPARAMS), hparams))
         check(hparams)
         if checkpoint.checkpoint_steps(run):
             training = _restored(hparams, run, progress)
@@ -172,7 +186,7 @@ def spent_on(run: Path) -> float:
     return max(last_elapsed(run), state.get("elapsed", 0.0))
 
 
-def _with_commits_of(saved: Hparams, hparams: Hparams) -> Hparams:
+def with_commits_of(saved: Hparams, hparams: Hparams) -> Hparams:
     """Return `hparams` where a dataset without a revision stays at the commit that the run began with."""
 
     def keep(old: Any, new: Any) -> Any:
@@ -263,7 +277,7 @@ def train(training: Training, run: Path, progress: Progress, clock: Clock) -> No
     rate = matrix_rate(training.device, training.dtype)
     session = Session(training, run, progress, validation, rate, identity(hparams, tokenizer), clock)
     stream = training_batches(hparams.data, tokenizer, length, size, hparams.train.seed, training.cursor)
-    with stop_signals() as received, Prefetch(stream) as batches, progress:
+    with stop_signals() as received, Prefetch(stream, PREFETCH_BATCHES) as batches, progress:
         while training.total_steps is None or training.step < training.total_steps:
             if received:
                 session.save()

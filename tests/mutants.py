@@ -121,10 +121,10 @@ MUTANTS = [
     Mutant(
         "the cursor of the prefetched batch saved",
         "moelet/data.py",
-        "        batch, cursor = item\n",
-        "        batch, cursor = item\n"
-        "        if not self._queue.empty() and not isinstance(self._queue.queue[-1], BaseException):\n"
-        "            cursor = self._queue.queue[-1][1]\n",
+        "            found, cursor = item\n",
+        "            found, cursor = item\n"
+        "            if not self._queue.empty() and not isinstance(self._queue.queue[-1], BaseException):\n"
+        "                cursor = self._queue.queue[-1][1]\n",
         "tests/test_data.py",
     ),
 ]

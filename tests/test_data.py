@@ -133,14 +133,16 @@ def test_pieces_are_cut_behind_a_line_end_or_else_a_space() -> None:
 def test_what_is_held_out_depends_on_the_text_alone() -> None:
     some = [f"text number {k}" for k in range(5000)]
     for fraction in (0.02, 0.1, 0.5):
-        share = sum(data.held_out(text, fraction) for text in some) / len(some)
+        share = sum(data.held_out(data.text_digest(text), fraction) for text in some) / len(some)
         deviation = (fraction * (1 - fraction) / len(some)) ** 0.5
         assert abs(share - fraction) < 4 * deviation
-    assert [data.held_out(text, 0.1) for text in some] == [data.held_out(text, 0.1) for text in some]
-    held = {text for text in some if data.held_out(text, 0.02)}
-    assert held <= {text for text in some if data.held_out(text, 0.1)}
+    assert [data.held_out(data.text_digest(text), 0.1) for text in some] == [
+        data.held_out(data.text_digest(text), 0.1) for text in some
+    ]
+    held = {text for text in some if data.held_out(data.text_digest(text), 0.02)}
+    assert held <= {text for text in some if data.held_out(data.text_digest(text), 0.1)}
     # golden: another hash would move text between the splits of runs that exist
-    assert [k for k in range(60) if data.held_out(f"text number {k}", 0.1)] == GOLDEN
+    assert [k for k in range(60) if data.held_out(data.text_digest(f"text number {k}"), 0.1)] == GOLDEN
 
 
 GOLDEN = [24, 42, 45, 48, 53]
@@ -404,14 +406,14 @@ def numbered(count: int | None, made: list[int]) -> Iterator[tuple[Any, Cursor]]
 
 def test_prefetched_items_are_those_of_the_source(texts: Path, tokenizer: Tokenizer) -> None:
     expected = [plain(item) for item in itertools.islice(stream(settings(texts), tokenizer), 50)]
-    with Prefetch(stream(settings(texts), tokenizer)) as batches:
+    with Prefetch(stream(settings(texts), tokenizer), 4) as batches:
         assert [plain(next(batches)) for _ in range(50)] == expected
     assert not data_threads()
 
 
 def test_the_cursor_is_that_of_the_item_handed_out_not_of_those_ready() -> None:
     made: list[int] = []
-    with Prefetch(numbered(None, made)) as items:
+    with Prefetch(numbered(None, made), 4) as items:
         for k in range(20):
             assert next(items) == (k, {"next": k + 1})
             wait_until(lambda k=k: len(made) > k + 2)
@@ -419,7 +421,7 @@ def test_the_cursor_is_that_of_the_item_handed_out_not_of_those_ready() -> None:
 
 
 def test_the_end_of_the_source_is_the_end() -> None:
-    with Prefetch(numbered(3, [])) as items:
+    with Prefetch(numbered(3, []), 4) as items:
         assert [next(items)[0] for _ in range(3)] == [0, 1, 2]
         with pytest.raises(StopIteration):
             within(next, items)
@@ -430,7 +432,7 @@ def test_an_error_of_the_source_is_raised_where_its_item_is_missed() -> None:
         yield from numbered(2, [])
         raise UserError("row 3 is broken")
 
-    with Prefetch(broken()) as items:
+    with Prefetch(broken(), 4) as items:
         assert [next(items)[0] for _ in range(2)] == [0, 1]
         with pytest.raises(UserError, match="row 3 is broken"):
             within(next, items)
@@ -439,7 +441,7 @@ def test_an_error_of_the_source_is_raised_where_its_item_is_missed() -> None:
 
 def test_the_thread_ends_with_the_block_even_when_the_queue_is_full() -> None:
     made: list[int] = []
-    with pytest.raises(KeyboardInterrupt), Prefetch(numbered(None, made)) as items:
+    with pytest.raises(KeyboardInterrupt), Prefetch(numbered(None, made), 4) as items:
         next(items)
         wait_until(lambda: len(made) == data.PREFETCH_BATCHES + 2)
         assert len(data_threads()) == 1
