@@ -53,11 +53,11 @@ class Piece(NamedTuple):
 class Batch(NamedTuple):
     input_ids: Tensor  # (B, S) int64
     labels: Tensor  # (B, S) int64, IGNORE where nothing is to be predicted: padding and BOS
-    valid: Tensor | None  # (B, S) bool, False on padding; None where there is none
+    segments: Tensor | None  # (B, S) int64, 0 on padding, else the document's number in its row; None: all are 1
 
     def to(self, device: torch.device) -> "Batch":
-        valid = None if self.valid is None else self.valid.to(device, non_blocking=True)
-        return Batch(self.input_ids.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), valid)
+        segments = None if self.segments is None else self.segments.to(device, non_blocking=True)
+        return Batch(self.input_ids.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), segments)
 
 
 class Validation(NamedTuple):
@@ -215,8 +215,8 @@ def collate(rows: list[np.ndarray]) -> Batch:
     ids = torch.from_numpy(np.stack(rows).astype(np.int64))
     inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].clone()
     labels[(labels == Tokenizer.pad_id) | (labels == Tokenizer.bos_id)] = IGNORE
-    valid = inputs != Tokenizer.pad_id
-    return Batch(inputs, labels, None if valid.all() else valid)
+    segments = (inputs != Tokenizer.pad_id).long()
+    return Batch(inputs, labels, None if bool((segments == 1).all()) else segments)
 
 
 def batches(rows: Iterator[tuple[np.ndarray, Cursor]], size: int) -> Iterator[tuple[Batch, Cursor]]:

@@ -71,8 +71,8 @@ MUTANTS = [
     Mutant(
         "balance loss computed on padding",
         "moelet/moe.py",
-        "    if valid_T is not None:\n        real_T1",
-        "    if valid_T is not None and not valid_T.any():\n        real_T1",
+        "    if real_T is not None:\n        real_T1",
+        "    if real_T is not None and not real_T.any():\n        real_T1",
         "tests/test_step.py",
     ),
     Mutant(

@@ -292,10 +292,10 @@ def test_the_mask_is_where_padding_is(texts: Path, tokenizer: Tokenizer, packing
     masks = 0
     for batch, _ in itertools.islice(stream(settings(texts, packing=packing), tokenizer), 60):
         assert batch.input_ids.shape == batch.labels.shape == (SIZE, LENGTH)
-        valid = batch.input_ids != tokenizer.pad_id
-        masks += batch.valid is not None
-        assert torch.equal(batch.valid, valid) if batch.valid is not None else bool(valid.all())
-        assert bool((valid.long().diff(dim=1) <= 0).all()), "padding comes last"
+        real = (batch.input_ids != tokenizer.pad_id).long()
+        masks += batch.segments is not None
+        assert torch.equal(batch.segments, real) if batch.segments is not None else bool(real.all())
+        assert bool((real.diff(dim=1) <= 0).all()), "padding comes last"
     assert 0 < masks < 30 if packing else masks > 30
 
 
@@ -480,6 +480,6 @@ def test_collate_shifts_by_one_and_ignores_padding_and_bos() -> None:
     batch = data.collate([np.array([1, 5, 6, 2, 1]), np.array([1, 7, 2, 3, 3])])
     assert batch.input_ids.tolist() == [[1, 5, 6, 2], [1, 7, 2, 3]]
     assert batch.labels.tolist() == [[5, 6, 2, IGNORE], [7, 2, IGNORE, IGNORE]]
-    assert batch.valid is not None and batch.valid.tolist() == [[True] * 4, [True, True, True, False]]
+    assert batch.segments is not None and batch.segments.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
-    assert data.collate([np.array([1, 5, 6])]).valid is None
+    assert data.collate([np.array([1, 5, 6])]).segments is None

@@ -35,7 +35,7 @@ def test_loss_is_cross_entropy_alone(run: tuple[GPT, Validation, Hparams]) -> No
     nats, tokens = 0.0, 0
     with torch.no_grad():
         for batch in validation.batches:
-            logits = model.logits(model(batch.input_ids, batch.valid).hidden).double()
+            logits = model.logits(model(batch.input_ids, batch.segments).hidden).double()
             nats += F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum").item()
             tokens += int((batch.labels != IGNORE).sum())
     assert result.tokens == tokens == validation.n_tokens

@@ -51,7 +51,7 @@ def ragged_batch(tokenizer: Tokenizer, rows: int = 8) -> Batch:
 
 
 def pieces(batch: Batch, sizes: list[int]) -> list[Batch]:
-    assert batch.valid is not None
+    assert batch.segments is not None
     parts = zip(*(item.split(sizes) for item in batch), strict=True)
     return [Batch(*part) for part in parts]
 
@@ -138,7 +138,7 @@ def test_balance_slopes_are_the_gradient_of_the_formula(tokenizer: Tokenizer) ->
     training = make_training(tokenizer).model.double()
     hparams = make_training(tokenizer).hparams
     batch = ragged_batch(tokenizer)
-    stats = training(batch.input_ids, batch.valid).router
+    stats = training(batch.input_ids, batch.segments).router
     value, slopes = balance_slopes(stats, hparams)
     probability = torch.stack([s.probability / s.tokens for s in stats])
     load = torch.stack([s.assignments / (s.tokens * 2) for s in stats])
