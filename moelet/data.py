@@ -210,27 +210,36 @@ def training_rows(
             yield row, {**window, "row": index + 1, "positions": positions, "padding": padding}
 
 
-def collate(rows: list[np.ndarray]) -> Batch:
-    """Return rows of S + 1 ids as a batch of inputs and, shifted by one, labels."""
+def collate(rows: list[np.ndarray], mask_documents: bool) -> Batch:
+    """Return rows of S + 1 ids as a batch of inputs and, shifted by one, labels.
+
+    With `mask_documents` a document begins at each BOS, and the first of a row may go on from the row before; without,
+    a row is one document.
+    """
     ids = torch.from_numpy(np.stack(rows).astype(np.int64))
     inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].clone()
     labels[(labels == Tokenizer.pad_id) | (labels == Tokenizer.bos_id)] = IGNORE
-    segments = (inputs != Tokenizer.pad_id).long()
+    segments = torch.ones_like(inputs)
+    if mask_documents:
+        segments[:, 1:] += (inputs[:, 1:] == Tokenizer.bos_id).cumsum(1)
+    segments[inputs == Tokenizer.pad_id] = 0
     return Batch(inputs, labels, None if bool((segments == 1).all()) else segments)
 
 
-def batches(rows: Iterator[tuple[np.ndarray, Cursor]], size: int) -> Iterator[tuple[Batch, Cursor]]:
+def batches(
+    rows: Iterator[tuple[np.ndarray, Cursor]], size: int, mask_documents: bool
+) -> Iterator[tuple[Batch, Cursor]]:
     """Yield batches of `size` rows, each with its last row's cursor."""
     while True:
         group = list(itertools.islice(rows, size))
-        yield collate([row for row, _ in group]), group[-1][1]
+        yield collate([row for row, _ in group], mask_documents), group[-1][1]
 
 
 def training_batches(
     settings: DataSettings, tokenizer: Tokenizer, length: int, size: int, seed: int, at: Cursor
 ) -> Iterator[tuple[Batch, Cursor]]:
     """Yield batches without end, from cursor `at` on. Raises UserError when the data holds no text."""
-    return batches(training_rows(settings, tokenizer, length, seed, at), size)
+    return batches(training_rows(settings, tokenizer, length, seed, at), size, settings.mask_documents)
 
 
 def training_texts(settings: DataSettings, seed: int) -> Iterator[str]:
@@ -267,7 +276,7 @@ def read_validation(
     if not taken:
         raise no_text(split, settings, counts)
     rows = (packed if settings.packing else padded)(ids, length)
-    groups = [collate(list(rows[start : start + size])) for start in range(0, len(rows), size)]
+    groups = [collate(list(rows[at : at + size]), settings.mask_documents) for at in range(0, len(rows), size)]
     raw = "".join(piece.text for piece in taken).encode()
     gzip_bits = 8 * len(gzip.compress(raw, 9)) / max(1, len(raw))
     n_predicted = sum(int((batch.labels != IGNORE).sum()) for batch in groups)

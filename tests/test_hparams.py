@@ -132,6 +132,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "two lengths": ({"train": {"train_steps": 1, "train_tokens": 1}}, ["both", "train_steps", "Set exactly one"]),
     "files without files": (merged(data={"source": "files"}), ['source is "files"', "files is null", "Set data.files"]),
     "hub without dataset": (merged(data={"source": "hub"}), ['source is "hub"', "dataset is null", "data.dataset"]),
+    "masking one document a row": (
+        merged(data={"packing": False, "mask_documents": True}),
+        ["mask_documents is true", "packing is false", "rows of several documents", "Set data.packing to true"],
+    ),
     "not a number": (merged(optim={"lr": float("nan")}), ["optim.lr", "NaN", "finite"]),
     "infinite": (merged(optim={"weight_decay": float("inf")}), ["optim.weight_decay", "Infinity", "finite"]),
     "seed past int64": ({"train": {"train_steps": 1, "seed": 2**80}}, ["train.seed", "1208925819614629174706176"]),
