@@ -60,11 +60,11 @@ class Piece(NamedTuple):
 class Batch(NamedTuple):
     input_ids: Tensor  # (B, S) int64
     labels: Tensor  # (B, S) int64, IGNORE where nothing is to be predicted: padding and BOS
-    valid: Tensor | None  # (B, S) bool, False on padding; None where there is none
+    segments: Tensor | None  # (B, S) int64, 0 on padding, else the document's number in its row; None: all are 1
 
     def to(self, device: torch.device) -> "Batch":
-        valid = None if self.valid is None else self.valid.to(device, non_blocking=True)
-        return Batch(self.input_ids.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), valid)
+        segments = None if self.segments is None else self.segments.to(device, non_blocking=True)
+        return Batch(self.input_ids.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), segments)
 
 
 class Validation(NamedTuple):
@@ -253,27 +253,36 @@ def training_rows(
                 yield row, {**window, "row": index + 1, "positions": positions, "padding": padding}
 
 
-def collate(rows: list[np.ndarray]) -> Batch:
-    """Return rows of S + 1 ids as a batch of inputs and, shifted by one, labels."""
+def collate(rows: list[np.ndarray], mask_documents: bool) -> Batch:
+    """Return rows of S + 1 ids as a batch of inputs and, shifted by one, labels.
+
+    With `mask_documents` a document begins at each BOS, and the first of a row may go on from the row before; without,
+    a row is one document.
+    """
     ids = torch.from_numpy(np.stack(rows).astype(np.int64))
     inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].clone()
     labels[(labels == Tokenizer.pad_id) | (labels == Tokenizer.bos_id)] = IGNORE
-    valid = inputs != Tokenizer.pad_id
-    return Batch(inputs, labels, None if valid.all() else valid)
+    segments = torch.ones_like(inputs)
+    if mask_documents:
+        segments[:, 1:] += (inputs[:, 1:] == Tokenizer.bos_id).cumsum(1)
+    segments[inputs == Tokenizer.pad_id] = 0
+    return Batch(inputs, labels, None if bool((segments == 1).all()) else segments)
 
 
-def batches(rows: Iterator[tuple[np.ndarray, Cursor]], size: int) -> Iterator[tuple[Batch, Cursor]]:
+def batches(
+    rows: Iterator[tuple[np.ndarray, Cursor]], size: int, mask_documents: bool
+) -> Iterator[tuple[Batch, Cursor]]:
     """Yield batches of `size` rows, each with its last row's cursor."""
     while True:
         group = list(itertools.islice(rows, size))
-        yield collate([row for row, _ in group]), group[-1][1]
+        yield collate([row for row, _ in group], mask_documents), group[-1][1]
 
 
 def training_batches(
     settings: DataSettings, tokenizer: Tokenizer, length: int, size: int, seed: int, at: Cursor
 ) -> Iterator[tuple[Batch, Cursor]]:
     """Yield batches without end, from cursor `at` on. Raises UserError when the data holds no text."""
-    return batches(training_rows(settings, tokenizer, length, seed, at), size)
+    return batches(training_rows(settings, tokenizer, length, seed, at), size, settings.mask_documents)
 
 
 def training_texts(settings: DataSettings, seed: int) -> Iterator[str]:
@@ -310,7 +319,7 @@ def read_validation(
     if not taken:
         raise no_text(split, settings, counts)
     rows = (packed if settings.packing else padded)(ids, length)
-    groups = [collate(list(rows[start : start + size])) for start in range(0, len(rows), size)]
+    groups = [collate(list(rows[at : at + size]), settings.mask_documents) for at in range(0, len(rows), size)]
     texts = (tokenizer.decode(piece.ids) if piece.ids is not None else piece.text for piece in taken)
     raw = "".join(filter(None, texts)).encode()
     gzip_bits = 8 * len(gzip.compress(raw, 9)) / max(1, len(raw))

@@ -32,7 +32,7 @@ def evaluate(model: GPT, validation: Validation, dtype: torch.dtype) -> Evaluati
     for batch in validation.batches:
         batch = batch.to(device)
         with autocast(dtype, device):
-            output = model(batch.input_ids, batch.valid)
+            output = model(batch.input_ids, batch.segments)
             features_TR = model.features(output.hidden).flatten(0, 1)
             nats += linear_cross_entropy(features_TR, model.table, batch.labels.flatten()).item()
         tokens += int((batch.labels != IGNORE).sum())

@@ -74,10 +74,10 @@ def continuations(model: GPT, prompts: Sequence[Sequence[int]], n_new: int, samp
     for _ in range(n_new):
         if cache.length + fresh_BS.shape[1] > context:
             cache, fresh_BS = KVCache(model.settings), ids_BS[:, -(context // 2) :]
-        valid_BS = fresh_BS != Tokenizer.pad_id
+        real_BS = fresh_BS != Tokenizer.pad_id
         # a lone PAD is that of a row that has ended: real enough, nobody reads its output
-        padding = fresh_BS.shape[1] > 1 and not bool(valid_BS.all())
-        output = model(fresh_BS, valid_BS if padding else None, cache)
+        padding = fresh_BS.shape[1] > 1 and not bool(real_BS.all())
+        output = model(fresh_BS, real_BS if padding else None, cache)
         next_B = choose(model.logits(output.hidden[:, -1:])[:, 0, : model.n_pieces], sampling, generator)
         next_B = next_B.where(~ended_B, Tokenizer.pad_id)
         ended_B |= next_B == Tokenizer.eos_id

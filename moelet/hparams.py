@@ -122,7 +122,7 @@ class DataSettings(SourceSettings):
     shuffle_window: int = Field(4096, ge=1, description="pieces of text read, and their rows shuffled, together")
     piece_chars: int = Field(8192, ge=16, description="longer documents are cut: the unit of the held-out split")
     packing: bool = Field(True, description="fill every row with documents end to end; false: one padded piece a row")
-    mask_documents: bool = Field(False, description="no attention across the documents of a packed row")
+    mask_documents: bool = Field(False, description="no attention across documents in a packed row; positions restart")
     validation_fraction: float = Field(0.05, gt=0, lt=1, description="share of the text held out, chosen by its hash")
 
     @model_validator(mode="after")
@@ -136,6 +136,15 @@ class DataSettings(SourceSettings):
             raise ValueError('a source of data.mix is a "mix" itself. Put its sources into data.mix.')
         if any(part.source == "prepared" for part in self.mix or []):
             raise ValueError('a source of data.mix is "prepared". Mix texts, and prepare the mix as a whole.')
+        return self
+
+    @model_validator(mode="after")
+    def _masks_what_is_packed(self) -> Self:
+        if self.mask_documents and not self.packing:
+            raise ValueError(
+                "mask_documents is true and packing is false. Masking needs rows of several documents, and unpacked "
+                "rows hold one each. Set data.packing to true, or data.mask_documents to false."
+            )
         return self
 
 

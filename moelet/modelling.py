@@ -44,7 +44,7 @@ class KVCache:
     def __init__(self, settings: ModelSettings) -> None:
         self.max_length = settings.max_length
         self.length = 0
-        self.valid: Tensor | None = None  # (B, max_length), where any token so far was padding
+        self.segments: Tensor | None = None  # (B, max_length) int64, once there are any
         self._store: dict[int, tuple[Tensor, Tensor]] = {}
 
     def append(self, layer: int, k_BHSC: Tensor, v_BHSC: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,15 +58,26 @@ class KVCache:
         values[:, :, self.length : end] = v_BHSC
         return keys[:, :, :end], values[:, :, :end]
 
-    def note_padding(self, valid_BS: Tensor | None, batch: int, n_new: int, device: torch.device) -> Tensor | None:
-        """Return which of all positions, the new ones included, are real tokens: (B, L), or None when all are."""
-        if self.valid is None and valid_BS is None:
+    def note_segments(self, segments_BS: Tensor | None, batch: int, n_new: int, device: torch.device) -> Tensor | None:
+        """Return the segments of all positions, the new ones included: (B, L), or None when there never were any."""
+        if self.segments is None and segments_BS is None:
             return None
-        if self.valid is None:
-            self.valid = torch.ones(batch, self.max_length, dtype=torch.bool, device=device)
+        if self.segments is None:
+            self.segments = torch.ones(batch, self.max_length, dtype=torch.int64, device=device)
         end = self.length + n_new
-        self.valid[:, self.length : end] = True if valid_BS is None else valid_BS
-        return self.valid[:, :end]
+        self.segments[:, self.length : end] = 1 if segments_BS is None else segments_BS
+        return self.segments[:, :end]
+
+
+def positions_within(segments_BL: Tensor) -> Tensor:
+    """Return how many tokens of its segment stand before each token, (B, L).
+
+    Segments 0 0 1 1 1 2 2 give 0 1 0 1 2 0 1: the index less that of the last change.
+    """
+    index_L = torch.arange(segments_BL.shape[1], device=segments_BL.device)
+    starts_BL = torch.ones_like(segments_BL, dtype=torch.bool)
+    starts_BL[:, 1:] = segments_BL[:, 1:] != segments_BL[:, :-1]
+    return index_L - (index_L * starts_BL).cummax(1).values
 
 
 class Embedding(nn.Module):
@@ -107,13 +118,13 @@ class Attention(nn.Module):
         """(B, S, H*C) -> (B, H, S, C): split the width into heads first, then bring the heads forward."""
         return x_BSD.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
-    def forward(self, x_BSD: Tensor, valid_BL: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BSD: Tensor, segments_BL: Tensor | None, cache: KVCache | None) -> Tensor:
         q_BHSC = self._heads(self.q_proj(x_BSD))
         k_BHLC, v_BHLC = self._heads(self.k_proj(x_BSD)), self._heads(self.v_proj(x_BSD))
         if cache is not None:
             k_BHLC, v_BHLC = cache.append(self.layer, k_BHLC, v_BHLC)
         dropout = self.dropout if self.training else 0.0
-        out_BHSC = causal_attention(q_BHSC, k_BHLC, v_BHLC, valid_BL, dropout, self.backend)
+        out_BHSC = causal_attention(q_BHSC, k_BHLC, v_BHLC, segments_BL, dropout, self.backend)
         return self.o_proj(out_BHSC.transpose(1, 2).flatten(2))
 
 
@@ -129,12 +140,12 @@ class DecoderLayer(nn.Module):
         self.dropout = settings.dropout
 
     def forward(
-        self, x_BSD: Tensor, valid_BS: Tensor | None, valid_BL: Tensor | None, cache: KVCache | None
+        self, x_BSD: Tensor, real_T: Tensor | None, segments_BL: Tensor | None, cache: KVCache | None
     ) -> tuple[Tensor, RouterStats | None]:
         rate = self.dropout if self.training else 0.0
-        x_BSD = x_BSD + dropout(self.self_attn(self.input_layernorm(x_BSD), valid_BL, cache), rate)
+        x_BSD = x_BSD + dropout(self.self_attn(self.input_layernorm(x_BSD), segments_BL, cache), rate)
         normed_TD = self.post_attention_layernorm(x_BSD).flatten(0, 1)
-        y_TD, stats = self.mlp(normed_TD, None if valid_BS is None else valid_BS.flatten())
+        y_TD, stats = self.mlp(normed_TD, real_T)
         return x_BSD + dropout(y_TD.view_as(x_BSD), rate), stats
 
 
@@ -166,25 +177,29 @@ class GPT(nn.Module):
         """The output table (V, R): the input embedding itself when tied."""
         return self.embed.tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, ids_BS: Tensor, valid_BS: Tensor | None = None, cache: KVCache | None = None) -> Output:
+    def forward(self, ids_BS: Tensor, segments_BS: Tensor | None = None, cache: KVCache | None = None) -> Output:
         """Return the final hidden states and each layer's router statistics.
 
-        `valid_BS` marks real tokens (None: all are); padding is excluded from attention, positions and statistics.
-        With a cache, `ids_BS` are the tokens after those it holds. Raises ValueError past max_length.
+        `segments_BS` numbers the documents of each row 1, 2, ..., with 0 on padding; None, or a mask of the real
+        tokens, means one document a row. Attention stays within a segment, positions restart at each, and padding is
+        not in the statistics. With a cache, `ids_BS` are the tokens after those it holds. Raises ValueError past
+        max_length.
         """
         batch, n_new = ids_BS.shape
         start = 0 if cache is None else cache.length
         if start + n_new > self.settings.max_length:
             raise ValueError(f"{start + n_new} tokens don't fit the context of {self.settings.max_length}. Cut them.")
-        valid_BL = valid_BS if cache is None else cache.note_padding(valid_BS, batch, n_new, ids_BS.device)
-        if valid_BL is None:
-            positions_BS = torch.arange(start, start + n_new, device=ids_BS.device).expand(batch, n_new)
+        device = ids_BS.device
+        real_T = None if segments_BS is None else (segments_BS != 0).flatten()
+        segments_BL = segments_BS if cache is None else cache.note_segments(segments_BS, batch, n_new, device)
+        if segments_BL is None:
+            positions_BS = torch.arange(start, start + n_new, device=device).expand(batch, n_new)
         else:
-            positions_BS = (valid_BL.cumsum(1) - 1).clamp(min=0)[:, start:]
+            positions_BS = positions_within(segments_BL)[:, start:]
         x_BSD = dropout(self.embed(ids_BS, positions_BS), self.settings.dropout if self.training else 0.0)
         router = []
         for layer in self.layers:
-            x_BSD, stats = layer(x_BSD, valid_BS, valid_BL, cache)
+            x_BSD, stats = layer(x_BSD, real_T, segments_BL, cache)
             router += [] if stats is None else [stats]
         if cache is not None:
             cache.length += n_new

@@ -60,19 +60,19 @@ class Router(nn.Module):
         self.top_k, self.normalize = settings.top_k, settings.normalize_top_k
         self.route = pick(ROUTERS, settings.router, "model.router")
 
-    def forward(self, x_TD: Tensor, valid_T: Tensor | None) -> tuple[Tensor, Tensor, RouterStats]:
+    def forward(self, x_TD: Tensor, real_T: Tensor | None) -> tuple[Tensor, Tensor, RouterStats]:
         """Return expert ids (T, K), their weights (T, K) and the statistics of the tokens that aren't padding."""
         with torch.autocast(x_TD.device.type, enabled=False):
             wide = torch.promote_types(x_TD.dtype, torch.float32)
             logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
             ids_TK, weights_TK, probability_TE = self.route(logits_TE, self.top_k, self.normalize)
-            return ids_TK, weights_TK, _statistics(ids_TK, probability_TE, valid_T)
+            return ids_TK, weights_TK, _statistics(ids_TK, probability_TE, real_T)
 
 
-def _statistics(ids_TK: Tensor, probability_TE: Tensor, valid_T: Tensor | None) -> RouterStats:
+def _statistics(ids_TK: Tensor, probability_TE: Tensor, real_T: Tensor | None) -> RouterStats:
     chosen_TE = torch.zeros_like(probability_TE).scatter_(1, ids_TK, 1.0)  # ids are distinct within a token
-    if valid_T is not None:
-        real_T1 = valid_T[:, None].to(probability_TE.dtype)
+    if real_T is not None:
+        real_T1 = real_T[:, None].to(probability_TE.dtype)
         probability_TE, chosen_TE = probability_TE * real_T1, chosen_TE * real_T1
         tokens = real_T1.sum()
     else:
@@ -105,8 +105,8 @@ class MoE(nn.Module):
         self.gate = Router(settings)
         self.experts = Experts(settings)
 
-    def forward(self, x_TD: Tensor, valid_T: Tensor | None) -> tuple[Tensor, RouterStats]:
-        ids_TK, weights_TK, stats = self.gate(x_TD, valid_T)
+    def forward(self, x_TD: Tensor, real_T: Tensor | None) -> tuple[Tensor, RouterStats]:
+        ids_TK, weights_TK, stats = self.gate(x_TD, real_T)
         return self.experts(x_TD, ids_TK, weights_TK), stats
 
 
@@ -121,6 +121,6 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(settings.d_ff, settings.d_model, bias=False)
         self.activation = settings.activation
 
-    def forward(self, x_TD: Tensor, valid_T: Tensor | None) -> tuple[Tensor, None]:
+    def forward(self, x_TD: Tensor, real_T: Tensor | None) -> tuple[Tensor, None]:
         gate_TF = None if self.gate_proj is None else self.gate_proj(x_TD)
         return self.down_proj(hidden_activation(self.up_proj(x_TD), gate_TF, self.activation)), None

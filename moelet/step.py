@@ -104,7 +104,7 @@ def train_step(training: Training, micro_batches: list[Batch]) -> StepReport:
     totals: list[RouterStats] = []
     for index, batch in enumerate(micro_batches):
         with _micro_step(training, index):
-            output = model(batch.input_ids, batch.valid)
+            output = model(batch.input_ids, batch.segments)
             features_TR = model.features(output.hidden).flatten(0, 1)
             cross_entropy = linear_cross_entropy(features_TR, model.table, batch.labels.flatten())
             loss = cross_entropy / n_tokens
@@ -143,7 +143,7 @@ def _route_ahead(training: Training, micro_batches: list[Batch]) -> list[RouterS
     totals: list[RouterStats] = []
     for index, batch in enumerate(micro_batches):
         with _micro_step(training, index):
-            totals = add_stats(totals, training.model(batch.input_ids, batch.valid).router)
+            totals = add_stats(totals, training.model(batch.input_ids, batch.segments).router)
     return totals
 
 

@@ -39,6 +39,20 @@ MUTANTS = [
         "tests/test_modelling.py",
     ),
     Mutant(
+        "attention across the documents of a packed row",
+        "moelet/attention.py",
+        "segments_BL[:, n_keys - n_queries :, None] == segments_BL[:, None, :]",
+        "(segments_BL[:, n_keys - n_queries :, None] > 0) == (segments_BL[:, None, :] > 0)",
+        "tests/test_mask_documents.py",
+    ),
+    Mutant(
+        "positions that count on across the documents of a packed row",
+        "moelet/modelling.py",
+        "segments_BL[:, 1:] != segments_BL[:, :-1]",
+        "(segments_BL[:, 1:] > 0) != (segments_BL[:, :-1] > 0)",
+        "tests/test_mask_documents.py",
+    ),
+    Mutant(
         "tying that nobody reads",
         "moelet/modelling.py",
         "self.lm_head = None if settings.tie_embeddings else nn.Linear(",
@@ -71,8 +85,8 @@ MUTANTS = [
     Mutant(
         "balance loss computed on padding",
         "moelet/moe.py",
-        "    if valid_T is not None:\n        real_T1",
-        "    if valid_T is not None and not valid_T.any():\n        real_T1",
+        "    if real_T is not None:\n        real_T1",
+        "    if real_T is not None and not real_T.any():\n        real_T1",
         "tests/test_step.py",
     ),
     Mutant(

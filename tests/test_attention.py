@@ -1,4 +1,4 @@
-"""Every way to compute attention equals the definition, and none of them sees the future or padding."""
+"""Every way to compute attention equals the definition; none sees the future, padding or another document."""
 
 import math
 
@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from moelet import attention
 from moelet.attention import ATTENTION, causal_attention, causal_mask
 from moelet.errors import UserError
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest reference value
-# batch, heads, queries, keys, width, padding
+# batch, heads, queries, keys, width, layout of the rows
 SHAPES = [
     (1, 1, 1, 1, 1, None),
     (2, 3, 7, 7, 4, None),
@@ -24,15 +25,22 @@ SHAPES = [
     (2, 4, 1, 6, 3, None),
     (2, 2, 65, 65, 16, None),
     (2, 2, 65, 65, 16, "right"),
+    (3, 2, 9, 9, 4, "packed"),
+    (3, 2, 5, 11, 4, "packed"),
+    (2, 2, 65, 65, 16, "packed"),
 ]
 
 
-def padding_mask(kind: str | None, batch: int, n_keys: int) -> Tensor | None:
-    if kind is None:
+def make_segments(layout: str | None, batch: int, n_keys: int) -> Tensor | None:
+    """Return rows with 0, 2, 4, ... padding tokens; packed ones hold documents of 1, 3, 5, 4, 4, ... tokens."""
+    if layout is None:
         return None
     real = torch.tensor([max(1, n_keys - 2 * row) for row in range(batch)])[:, None]
     place = torch.arange(n_keys)[None]
-    return place < real if kind == "right" else place >= n_keys - real
+    if layout == "packed":
+        documents = [1, *[2] * 3, *[3] * 5, *(4 + k // 4 for k in range(n_keys))]
+        return torch.tensor(documents[:n_keys]) * (place < real)
+    return (place < real).long() if layout == "right" else (place >= n_keys - real).long()
 
 
 def numbers(batch: int, heads: int, n_queries: int, n_keys: int, width: int) -> list[Tensor]:
@@ -42,7 +50,7 @@ def numbers(batch: int, heads: int, n_queries: int, n_keys: int, width: int) -> 
     return [torch.randn(shape, generator=generator).bfloat16().double() for shape in shapes]
 
 
-def plain_loops(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+def plain_loops(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> Tensor:
     """Return the output by the definition, one query at a time."""
     out = torch.zeros_like(q)
     batch, heads, n_queries, width = q.shape
@@ -50,29 +58,29 @@ def plain_loops(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor
     for b in range(batch):
         for h in range(heads):
             for i in range(n_queries):
-                seen = [j for j in range(i + past + 1) if valid is None or valid[b, j] or j == i + past]
+                seen = [j for j in range(i + past + 1) if segments is None or segments[b, j] == segments[b, i + past]]
                 scores = [math.exp(q[b, h, i].dot(k[b, h, j]).item() / math.sqrt(width)) for j in seen]
                 for score, j in zip(scores, seen, strict=True):
                     out[b, h, i] += score / sum(scores) * v[b, h, j]
     return out
 
 
-def run(backend: str, tensors: list[Tensor], valid: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+def run(backend: str, tensors: list[Tensor], segments: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
     """Return output and gradients of q, k, v as float64; bfloat16 means under autocast."""
     wide = torch.float32 if dtype == torch.bfloat16 else dtype
     q, k, v = (tensor.to(wide, copy=True).requires_grad_() for tensor in tensors[:3])
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        out = causal_attention(q, k, v, valid, backend=backend)
+        out = causal_attention(q, k, v, segments, backend=backend)
     gradients = torch.autograd.grad(out, (q, k, v), tensors[3].to(out.dtype))
     return [out.detach().double(), *(gradient.double() for gradient in gradients)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_explicit_equals_plain_loops(shape: tuple[int, int, int, int, int, str | None]) -> None:
-    *sizes, padding = shape
-    tensors, valid = numbers(*sizes), padding_mask(padding, sizes[0], sizes[3])
-    got = causal_attention(*tensors[:3], valid, backend="explicit")
-    torch.testing.assert_close(got, plain_loops(*tensors[:3], valid), rtol=1e-12, atol=1e-12)
+    *sizes, layout = shape
+    tensors, segments = numbers(*sizes), make_segments(layout, sizes[0], sizes[3])
+    got = causal_attention(*tensors[:3], segments, backend="explicit")
+    torch.testing.assert_close(got, plain_loops(*tensors[:3], segments), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -81,29 +89,29 @@ def test_explicit_equals_plain_loops(shape: tuple[int, int, int, int, int, str |
 def test_backends_equal_the_definition(
     backend: str, dtype: torch.dtype, shape: tuple[int, int, int, int, int, str | None]
 ) -> None:
-    *sizes, padding = shape
-    tensors, valid = numbers(*sizes), padding_mask(padding, sizes[0], sizes[3])
-    want = run("explicit", tensors, valid, torch.float64)
+    *sizes, layout = shape
+    tensors, segments = numbers(*sizes), make_segments(layout, sizes[0], sizes[3])
+    want = run("explicit", tensors, segments, torch.float64)
     largest_gradient = max(value.abs().max().item() for value in want[1:])  # of one alone: q's is 0 for a single key
-    for name, got, value in zip("yqkv", run(backend, tensors, valid, dtype), want, strict=True):
+    for name, got, value in zip("yqkv", run(backend, tensors, segments, dtype), want, strict=True):
         error = (got - value).abs().max().item()
         scale = value.abs().max().item() if name in "yv" else largest_gradient
         assert error <= TOLERANCE[dtype] * scale, f"{name} is off by {error:.2e} of {scale:.2e}"
 
 
 @pytest.mark.parametrize("past", [0, 4])
-@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("layout", [None, "left", "packed"])
 @pytest.mark.parametrize("backend", ATTENTION)
-def test_no_query_sees_the_future(backend: str, padding: str | None, past: int) -> None:
+def test_no_query_sees_the_future(backend: str, layout: str | None, past: int) -> None:
     n_queries = 9
     q, k, v, _ = numbers(2, 3, n_queries, n_queries + past, 4)
-    valid = padding_mask(padding, 2, n_queries + past)
-    before = causal_attention(q, k, v, valid, backend=backend)
+    segments = make_segments(layout, 2, n_queries + past)
+    before = causal_attention(q, k, v, segments, backend=backend)
     for place in range(n_queries):
         other_k, other_v = k.clone(), v.clone()
         other_k[:, :, place + past] += 100.0
         other_v[:, :, place + past] -= 100.0
-        after = causal_attention(q, other_k, other_v, valid, backend=backend)
+        after = causal_attention(q, other_k, other_v, segments, backend=backend)
         assert torch.equal(after[:, :, :place], before[:, :, :place])
         assert not torch.equal(after[:, :, place], before[:, :, place])
 
@@ -112,12 +120,12 @@ def test_no_query_sees_the_future(backend: str, padding: str | None, past: int) 
 @pytest.mark.parametrize("backend", ATTENTION)
 def test_padding_is_not_seen(backend: str, padding: str) -> None:
     q, k, v, _ = numbers(3, 2, 9, 9, 4)
-    valid = padding_mask(padding, 3, 9)
-    assert valid is not None
-    hidden = ~valid[:, None, :, None]
-    before = causal_attention(q, k, v, valid, backend=backend)
-    after = causal_attention(q, k + 50.0 * hidden, v - 70.0 * hidden, valid, backend=backend)
-    real = valid[:, None, :, None].expand_as(before)
+    segments = make_segments(padding, 3, 9)
+    assert segments is not None
+    hidden = (segments == 0)[:, None, :, None]
+    before = causal_attention(q, k, v, segments, backend=backend)
+    after = causal_attention(q, k + 50.0 * hidden, v - 70.0 * hidden, segments, backend=backend)
+    real = ~hidden.expand_as(before)
     torch.testing.assert_close(after[real], before[real], rtol=1e-12, atol=1e-12)
     assert before.isfinite().all()
     assert not torch.allclose(causal_attention(q, k, v, None, backend=backend)[1:], before[1:])
@@ -141,12 +149,24 @@ def test_masks_by_hand() -> None:
     cpu = torch.device("cpu")
     assert drawn(causal_mask(3, 3, None, cpu)) == ["x..", "xx.", "xxx"]
     assert drawn(causal_mask(2, 4, None, cpu)) == ["xxx.", "xxxx"]
-    valid = torch.tensor([[True, True, False, False], [False, False, True, True]])
-    masks = causal_mask(4, 4, valid, cpu)
+    segments = torch.tensor([[True, True, False, False], [False, False, True, True]])
+    masks = causal_mask(4, 4, segments, cpu)
     assert masks.shape == (2, 1, 4, 4)
-    assert drawn(masks[0, 0]) == ["x...", "xx..", "xxx.", "xx.x"]  # right padding sees itself, and nobody sees it
-    assert drawn(masks[1, 0]) == ["x...", ".x..", "..x.", "..xx"]  # so does left padding
-    assert drawn(causal_mask(2, 4, valid, cpu)[1, 0]) == ["..x.", "..xx"]
+    assert drawn(masks[0, 0]) == ["x...", "xx..", "..x.", "..xx"]  # right padding sees padding, and nobody else does
+    assert drawn(masks[1, 0]) == ["x...", "xx..", "..x.", "..xx"]  # and so it is with left padding
+    assert drawn(causal_mask(2, 4, segments, cpu)[1, 0]) == ["..x.", "..xx"]
+    packed = torch.tensor([[1, 1, 2, 3, 3, 0]])
+    expected = ["x.....", "xx....", "..x...", "...x..", "...xx.", ".....x"]
+    assert drawn(causal_mask(6, 6, packed, cpu)[0, 0]) == expected
+    assert drawn(causal_mask(2, 6, packed, cpu)[0, 0]) == expected[-2:]
+
+
+def test_sdpa_makes_no_mask_without_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(attention, "causal_mask")
+    q, k, v, _ = numbers(2, 2, 5, 5, 4)
+    assert causal_attention(q, k, v, backend="sdpa").shape == q.shape
+    with pytest.raises(NameError):
+        causal_attention(q, k, v, make_segments("packed", 2, 5), backend="sdpa")
 
 
 @pytest.mark.parametrize("backend", ATTENTION)

@@ -268,7 +268,7 @@ def test_rows_are_those_of_the_reference_in_an_order_of_their_own(
 def test_every_token_is_predicted_once(texts: Path, tokenizer: Tokenizer, packing: bool) -> None:
     given = settings(texts, packing=packing)
     rows = [np.array(row) for window in first_epoch(given, tokenizer) for row in window]
-    labels = data.collate(rows).labels
+    labels = data.collate(rows, False).labels
     targets = Counter(labels[labels != IGNORE].tolist())
     pieces = pieces_of(given, "train", 3)
     expected = Counter(i for piece in pieces for i in tokenizer.encode(piece.text).tolist())
@@ -294,11 +294,37 @@ def test_the_mask_is_where_padding_is(texts: Path, tokenizer: Tokenizer, packing
     masks = 0
     for batch, _ in itertools.islice(stream(settings(texts, packing=packing), tokenizer), 60):
         assert batch.input_ids.shape == batch.labels.shape == (SIZE, LENGTH)
-        valid = batch.input_ids != tokenizer.pad_id
-        masks += batch.valid is not None
-        assert torch.equal(batch.valid, valid) if batch.valid is not None else bool(valid.all())
-        assert bool((valid.long().diff(dim=1) <= 0).all()), "padding comes last"
+        real = (batch.input_ids != tokenizer.pad_id).long()
+        masks += batch.segments is not None
+        assert torch.equal(batch.segments, real) if batch.segments is not None else bool(real.all())
+        assert bool((real.diff(dim=1) <= 0).all()), "padding comes last"
     assert 0 < masks < 30 if packing else masks > 30
+
+
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_masked_documents_begin_at_bos_and_predict_none_of_the_next(
+    texts: Path, tokenizer: Tokenizer, split: str
+) -> None:
+    given = settings(texts, mask_documents=True, piece_chars=64)
+    if split == "training":
+        found = [batch for batch, _ in itertools.islice(stream(given, tokenizer), 60)]
+    else:
+        found = read_validation(given, tokenizer, None, "all").batches
+    many = 0
+    for batch in found:
+        numbers = torch.ones_like(batch.input_ids) if batch.segments is None else batch.segments
+        for ids, labels, segments in zip(
+            batch.input_ids.tolist(), batch.labels.tolist(), numbers.tolist(), strict=True
+        ):
+            expected, number = [], 1
+            for place, token in enumerate(ids):
+                number += token == tokenizer.bos_id and place > 0
+                expected.append(0 if token == tokenizer.pad_id else number)
+            assert segments == expected
+            changes = [place for place in range(len(ids) - 1) if segments[place] != segments[place + 1]]
+            assert all(labels[place] == IGNORE for place in changes)
+            many += number > 2
+    assert many > 10
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
@@ -479,9 +505,9 @@ def within(function: Callable[..., Any], *given: Any) -> Any:
 
 
 def test_collate_shifts_by_one_and_ignores_padding_and_bos() -> None:
-    batch = data.collate([np.array([1, 5, 6, 2, 1]), np.array([1, 7, 2, 3, 3])])
+    batch = data.collate([np.array([1, 5, 6, 2, 1]), np.array([1, 7, 2, 3, 3])], False)
     assert batch.input_ids.tolist() == [[1, 5, 6, 2], [1, 7, 2, 3]]
     assert batch.labels.tolist() == [[5, 6, 2, IGNORE], [7, 2, IGNORE, IGNORE]]
-    assert batch.valid is not None and batch.valid.tolist() == [[True] * 4, [True, True, True, False]]
+    assert batch.segments is not None and batch.segments.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
-    assert data.collate([np.array([1, 5, 6])]).valid is None
+    assert data.collate([np.array([1, 5, 6])], False).segments is None

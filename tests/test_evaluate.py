@@ -15,14 +15,14 @@ from moelet.loss import IGNORE
 from moelet.modelling import GPT
 from moelet.tokenizer import Tokenizer
 
+DATA = {"packed": {}, "masked": {"mask_documents": True, "piece_chars": 100}, "padded": {"packing": False}}
 
-@pytest.fixture(params=[True, False], ids=["packed", "padded"])
+
+@pytest.fixture(params=DATA)
 def run(
     request: pytest.FixtureRequest, tiny_settings: Callable[..., dict[str, Any]], tokenizer: Tokenizer
 ) -> tuple[GPT, Validation, Hparams]:
-    settings = tiny_settings()
-    settings["data"]["packing"] = request.param
-    hparams = make_hparams(settings)
+    hparams = make_hparams(tiny_settings(data=DATA[request.param]))
     torch.manual_seed(0)
     model = GPT(hparams.model, tokenizer.vocab_size)
     return model, read_validation(hparams.data, tokenizer, hparams.model.max_length, 4, 3000, "validation"), hparams
@@ -35,7 +35,7 @@ def test_loss_is_cross_entropy_alone(run: tuple[GPT, Validation, Hparams]) -> No
     nats, tokens = 0.0, 0
     with torch.no_grad():
         for batch in validation.batches:
-            logits = model.logits(model(batch.input_ids, batch.valid).hidden).double()
+            logits = model.logits(model(batch.input_ids, batch.segments).hidden).double()
             nats += F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum").item()
             tokens += int((batch.labels != IGNORE).sum())
     assert result.tokens == tokens == validation.n_tokens

@@ -145,6 +145,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
         merged(data={"source": "mix", "mix": [{"source": "embedded", "weight": 0}]}),
         ["data.mix.0.weight is 0", "greater than 0", "default, 1.0"],
     ),
+    "masking one document a row": (
+        merged(data={"packing": False, "mask_documents": True}),
+        ["mask_documents is true", "packing is false", "rows of several documents", "Set data.packing to true"],
+    ),
     "not a number": (merged(optim={"lr": float("nan")}), ["optim.lr", "NaN", "finite"]),
     "infinite": (merged(optim={"weight_decay": float("inf")}), ["optim.weight_decay", "Infinity", "finite"]),
     "seed past int64": ({"train": {"train_steps": 1, "seed": 2**80}}, ["train.seed", "1208925819614629174706176"]),

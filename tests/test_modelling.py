@@ -43,8 +43,8 @@ def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def logits(model: GPT, ids: Tensor, valid: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-    return model.logits(model(ids, valid, cache).hidden)
+def logits(model: GPT, ids: Tensor, segments: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    return model.logits(model(ids, segments, cache).hidden)
 
 
 # --- birth ---
@@ -230,10 +230,10 @@ def heads_without_transpose(self: modelling.Attention, x: Tensor) -> Tensor:
 
 Mask = Callable[[int, int, Tensor | None, torch.device], Tensor]
 MASK_MUTANTS: dict[str, Mask] = {
-    "inverted": lambda s, n, valid, device: torch.ones(s, n).triu(n - s).bool(),
-    "one too far": lambda s, n, valid, device: torch.ones(s, n).tril(n - s + 1).bool(),
-    "none": lambda s, n, valid, device: torch.ones(s, n).bool(),
-    "of rows": lambda s, n, valid, device: (torch.arange(s) >= 1)[:, None] | (torch.arange(n) < 1)[None],
+    "inverted": lambda s, n, segments, device: torch.ones(s, n).triu(n - s).bool(),
+    "one too far": lambda s, n, segments, device: torch.ones(s, n).tril(n - s + 1).bool(),
+    "none": lambda s, n, segments, device: torch.ones(s, n).bool(),
+    "of rows": lambda s, n, segments, device: (torch.arange(s) >= 1)[:, None] | (torch.arange(n) < 1)[None],
 }
 
 
@@ -246,7 +246,7 @@ def test_a_wrong_mask_is_seen(mutant: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_mask_that_adds_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trap of +1 on allowed scores instead of minus infinity on the others."""
 
-    def adding(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, dropout: float) -> Tensor:
+    def adding(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, dropout: float) -> Tensor:
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
         return (scores + torch.ones(q.shape[2], k.shape[2]).tril()).softmax(-1) @ v
 
@@ -271,10 +271,10 @@ def test_padding_changes_nothing(attention_name: str, experts_name: str, side: s
         ids = random_ids(1, length, seed=length)
         pad = torch.full((1, CONTEXT - length), 3)
         padded = torch.cat([ids, pad] if side == "right" else [pad, ids], 1)
-        valid = torch.cat([ids >= 0, pad < 0] if side == "right" else [pad < 0, ids >= 0], 1)
+        real = torch.cat([ids >= 0, pad < 0] if side == "right" else [pad < 0, ids >= 0], 1)
         with torch.no_grad():
-            alone, among = model(ids), model(padded, valid)
-        torch.testing.assert_close(model.logits(among.hidden)[valid], model.logits(alone.hidden)[0], rtol=0, atol=1e-5)
+            alone, among = model(ids), model(padded, real)
+        torch.testing.assert_close(model.logits(among.hidden)[real], model.logits(alone.hidden)[0], rtol=0, atol=1e-5)
         assert len(alone.router) == len(among.router) == 2
         for mine, theirs in zip(among.router, alone.router, strict=True):
             torch.testing.assert_close(mine.probability, theirs.probability, rtol=1e-5, atol=1e-5)
@@ -316,9 +316,9 @@ def test_cache_with_left_padding_equals_one_by_one(backend: str, sizes: list[int
     lengths, total = (10, 7, 3), 10
     rows = [random_ids(1, length, seed=length) for length in lengths]
     ids = torch.cat([F.pad(row, (total - row.shape[1], 0), value=3) for row in rows])
-    valid = torch.arange(total) >= total - torch.tensor(lengths)[:, None]
+    real = torch.arange(total) >= total - torch.tensor(lengths)[:, None]
     cache, got = KVCache(model.settings), []
-    for part, mask in zip(ids.split(sizes, 1), valid.split(sizes, 1), strict=True):
+    for part, mask in zip(ids.split(sizes, 1), real.split(sizes, 1), strict=True):
         got.append(logits(model, part, None if bool(mask.all()) and cache.length == 0 else mask, cache))
     together = torch.cat(got, 1)
     for row, length in enumerate(lengths):

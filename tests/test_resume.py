@@ -1,5 +1,6 @@
 """A resumed run is the run it would have been: after kill -9, signals, damage, and in every mode, to the last bit."""
 
+import itertools
 import json
 import os
 import random
@@ -176,22 +177,28 @@ def saved_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> Path:
     return tmp_path / "given.model"
 
 
+DATA: dict[str, dict[str, Any]] = {
+    "packed": {},
+    "padded": {"packing": False},
+    "masked": {"mask_documents": True, "piece_chars": 64},
+}
+MODES = [*itertools.product(["packed", "padded"], [1, 3], ["fp32", "fp16"]), ("masked", 3, "fp32")]
+
+
 @pytest.mark.usefixtures("in_process")
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize(("data", "accumulation", "precision"), MODES)
 def test_cut_three_times_in_a_row_every_mode_ends_bitwise_equal(
     monkeypatch: pytest.MonkeyPatch,
     tiny_settings: TinySettings,
     saved_tokenizer: Path,
     tmp_path: Path,
-    packing: bool,
+    data: str,
     accumulation: int,
     precision: str,
 ) -> None:
     settings = tiny_settings(
         tokenizer={"file": str(saved_tokenizer)},
-        data={"packing": packing},
+        data=DATA[data],
         train={
             "train_steps": 12,
             "precision": precision,

@@ -108,10 +108,10 @@ def tiny(**changes: object) -> GPT:
 
 def train_once(model: GPT) -> None:
     ids = torch.randint(4, 37, (2, 13))
-    valid = torch.arange(13) < torch.tensor([[13], [9]])
-    labels = ids.where(valid, IGNORE)
-    for mask in (None, valid):
-        output = model(ids, mask)
+    segments = torch.where(torch.arange(13) < torch.tensor([[13], [9]]), torch.tensor([[1], [2]]), 0)
+    labels = ids.where(segments > 0, IGNORE)
+    for given in (None, segments):
+        output = model(ids, given)
         features = model.features(output.hidden).flatten(0, 1)
         total = linear_cross_entropy(features, model.table, labels.flatten()) + model.logits(output.hidden).sum()
         if output.router:
@@ -148,9 +148,9 @@ def traced() -> tuple[set[tuple[str, str]], list[str]]:
         ):
             model = tiny(**changes)
             add(lambda model=model: train_once(model), FULL)
-            for valid in (None, torch.ones(2, 10, dtype=torch.bool)):
+            for new in (None, torch.ones(2, 10, dtype=torch.bool)):
                 cache, rest = continue_cached(model)
-                add(lambda model=model, cache=cache, rest=rest, valid=valid: model(rest, valid, cache), CACHED)
+                add(lambda model=model, cache=cache, rest=rest, new=new: model(rest, new, cache), CACHED)
         dense = {**FULL, "F": 30}
         add(lambda: train_once(tiny(n_experts=1, top_k=1, activation="swiglu")), dense)
         logits = torch.randn(2, 37)

@@ -47,11 +47,13 @@ def ragged_batch(tokenizer: Tokenizer, rows: int = 8) -> Batch:
     ids = tokenizer.encode(TEXT)
     lengths = [25, 3, 17, 9, 25, 2, 6, 21][:rows]
     pad = [tokenizer.pad_id]
-    return collate([torch.tensor([*ids[50 * i : 50 * i + n], *pad * (25 - n)]).numpy() for i, n in enumerate(lengths)])
+    return collate(
+        [torch.tensor([*ids[50 * i : 50 * i + n], *pad * (25 - n)]).numpy() for i, n in enumerate(lengths)], False
+    )
 
 
 def pieces(batch: Batch, sizes: list[int]) -> list[Batch]:
-    assert batch.valid is not None
+    assert batch.segments is not None
     parts = zip(*(item.split(sizes) for item in batch), strict=True)
     return [Batch(*part) for part in parts]
 
@@ -104,7 +106,7 @@ def test_accumulation_in_float64_differs_by_rounding_alone(tokenizer: Tokenizer,
 
 def test_a_micro_batch_without_targets_changes_nothing(tokenizer: Tokenizer) -> None:
     batch = ragged_batch(tokenizer, 2)
-    empty = collate([torch.full((25,), tokenizer.pad_id).numpy()])
+    empty = collate([torch.full((25,), tokenizer.pad_id).numpy()], False)
     whole, expected = step_and_gradients(make_training(tokenizer), [batch])
     parts, actual = step_and_gradients(make_training(tokenizer), [batch, empty])
     assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
@@ -138,7 +140,7 @@ def test_balance_slopes_are_the_gradient_of_the_formula(tokenizer: Tokenizer) ->
     training = make_training(tokenizer).model.double()
     hparams = make_training(tokenizer).hparams
     batch = ragged_batch(tokenizer)
-    stats = training(batch.input_ids, batch.valid).router
+    stats = training(batch.input_ids, batch.segments).router
     value, slopes = balance_slopes(stats, hparams)
     probability = torch.stack([s.probability / s.tokens for s in stats])
     load = torch.stack([s.assignments / (s.tokens * 2) for s in stats])
@@ -160,7 +162,7 @@ def test_reported_loss_is_cross_entropy_alone(tokenizer: Tokenizer) -> None:
 def test_bytes_are_those_of_the_predicted_text(tokenizer: Tokenizer) -> None:
     ids = [tokenizer.bos_id, *tokenizer.encode("value * 3").tolist(), tokenizer.eos_id]
     row = torch.tensor(ids + [tokenizer.pad_id] * (25 - len(ids))).numpy()
-    report = train_step(make_training(tokenizer), [collate([row])])
+    report = train_step(make_training(tokenizer), [collate([row], False)])
     assert (report.bytes, report.tokens) == (9, len(ids) - 1)
 
 

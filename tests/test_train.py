@@ -46,6 +46,17 @@ def test_first_and_last_step_are_logged_and_the_last_is_evaluated_and_saved(
     assert made[-1]["documents"] > 0 and made[-1]["padding"] < 0.1
 
 
+def test_masking_documents_changes_training_and_evaluation(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The same tokens are predicted, each without the documents before its own."""
+    settings["train"] |= {"log_steps": 1, "train_steps": 4}
+    for masked in (False, True):
+        settings["data"] |= {"mask_documents": masked, "piece_chars": 64}
+        train.start(make_hparams(settings), tmp_path / str(masked), Progress())
+    for blind, masked in zip(rows(tmp_path / "False"), rows(tmp_path / "True"), strict=True):
+        assert blind["tokens"] == masked["tokens"] and blind["loss"] != masked["loss"]
+        assert ("val_loss" in blind) == ("val_loss" in masked)
+
+
 def test_a_source_that_goes_away_leaves_a_checkpoint(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
