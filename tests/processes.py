@@ -25,6 +25,8 @@ import moelet.cli, moelet.evaluate, moelet.hub, moelet.report, moelet.train
 from moelet import metrics
 metrics.RATE_SECONDS, metrics.RATE_SIZE["cpu"] = 0.0, 8
 moelet.hub.FIRST_PAUSE = 0.05
+if "HF_ENDPOINT" in os.environ:  # once for all, instead of in each
+    import datasets
 os.fsync = lambda handle: None  # a killed process's writes are in the kernel already; power cuts are test_checkpoint's
 for line in sys.stdin:
     order = json.loads(line)
