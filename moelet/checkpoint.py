@@ -8,6 +8,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -23,12 +24,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from moelet.disk import NOT_OFFERED, sync_folder, write_synced
 from moelet.errors import TemporaryError, UserError
 from moelet.hparams import Hparams, read_hparams
 from moelet.modelling import GPT
 from moelet.tokenizer import Tokenizer
 
 FORMAT = 1
+LOG = logging.getLogger("moelet")
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 HPARAMS, TOKENIZER, LOCK = "hparams.json", "tokenizer.model", ".lock"
 
@@ -63,33 +66,6 @@ def checkpoint_steps(run: Path) -> list[int]:
     """
     names = [path.name[5:] for path in (run / "checkpoints").glob("step-*") if path.is_dir()]
     return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file: cut off at any point, the old one or the new one is there; on the disk before returning."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        _write(temporary, data)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _remove(folder: Path) -> None:
@@ -129,13 +105,13 @@ def save(run: Path, checkpoint: Checkpoint) -> None:
         shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process of the same number: 1 in a container
         temporary.mkdir(parents=True)
         for name, data in parts.items():
-            _write(temporary / name, data)
-        _write(temporary / MANIFEST, _sealed(manifest))
-        _sync_folder(temporary)
+            write_synced(temporary / name, data)
+        write_synced(temporary / MANIFEST, _sealed(manifest))
+        sync_folder(temporary)
         if target.exists():  # the same step, passed over at the resume
             _remove(target)
         os.rename(temporary, target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
         for later in checkpoint_steps(run):
             if later > checkpoint.step:
                 _remove(_folder(run, later))
@@ -257,7 +233,11 @@ def lock(run: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno in NOT_OFFERED:
+                LOG.warning(f"{run} is on a file system without locks: take care that only one process trains there")
+                yield
+                return
             file.seek(0)
             raise UserError(
                 f"the run folder {run} is in use by {file.read().strip() or 'another process'}. One process trains in "

@@ -1,7 +1,6 @@
 """What a run measures about itself: metrics.jsonl, expert load, memory, and the machine's matrix rate for MFU."""
 
 import json
-import os
 import resource
 import sys
 import time
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from moelet.disk import sync, write_file
 from moelet.moe import RouterStats
 
 METRICS_FILE = "metrics.jsonl"
@@ -28,7 +28,7 @@ def sync_metrics(run: Path) -> None:
     """Have the lines written so far on the disk before returning: a checkpoint must not outlive them."""
     if (run / METRICS_FILE).exists():
         with open(run / METRICS_FILE, "rb") as file:
-            os.fsync(file.fileno())
+            sync(file.fileno())
 
 
 def cut_metrics(run: Path, step: int) -> None:
@@ -43,12 +43,7 @@ def cut_metrics(run: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, TypeError, KeyError):
             continue
-    replacement = path.with_suffix(".jsonl.tmp")
-    with open(replacement, "w", encoding="utf-8") as file:
-        file.write("".join(kept))
-        file.flush()
-        os.fsync(file.fileno())  # or a power cut could leave the new name without the lines
-    os.replace(replacement, path)
+    write_file(path, "".join(kept).encode())
 
 
 def last_elapsed(run: Path) -> float:

@@ -35,7 +35,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the format for `train.precision` on `device`.
 
     auto: CUDA from capability 8.0 on and CPUs with bf16 in hardware take bf16, older CUDA fp16, other CPUs fp32.
-    Raises UserError for bf16 on a card that only emulates it.
+    Raises UserError for bf16 where it would only be emulated.
     """
     if device.type == "cuda":
         modern = torch.cuda.get_device_capability(device) >= BF16_CAPABILITY
@@ -46,6 +46,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
                 'newer. Set train.precision to "auto" or "fp16".'
             )
         return DTYPES[("bf16" if modern else "fp16") if name == "auto" else name]
+    if name == "bf16" and not cpu_has_bf16():
+        raise UserError(
+            'train.precision is "bf16" and this CPU has no bf16 products. It would emulate them, slower than fp32. '
+            'Set train.precision to "auto" or "fp32".'
+        )
     return DTYPES[("bf16" if cpu_has_bf16() else "fp32") if name == "auto" else name]
 
 

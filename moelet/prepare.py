@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from moelet import shards
-from moelet.checkpoint import HPARAMS, TOKENIZER, lock, write_file
+from moelet.checkpoint import HPARAMS, TOKENIZER, lock
 from moelet.console import Progress
 from moelet.data import VALIDATION_WINDOW, cut, splits
+from moelet.disk import write_file
 from moelet.documents import Cursor, Document, Items, Prepared, PreparedPiece, Skipped
 from moelet.errors import UserError, pick
 from moelet.hparams import Hparams, read_hparams

@@ -75,10 +75,10 @@ class Session:
         self.plan(took)
         evaluates, better = self.due(settings.eval_steps), False
         if evaluates or training.step == 1 or self.due(settings.log_steps):
-            training.elapsed = self.clock.now()
             row = metrics_row(training, report, self.logged, self.rate) | {"data_wait": self.waited}
             self.logged, self.waited = (training.tokens, training.seconds), 0.0
             better = evaluates and self.assess(row)
+            row["elapsed"] = training.elapsed = self.clock.now()
             append_metrics(self.run, row)
             self.show(row)
         if better or self.due(settings.checkpoint_steps):
@@ -166,7 +166,6 @@ def metrics_row(training: Training, report: StepReport, since: tuple[int, float]
         "total_steps": training.total_steps,
         "tokens": training.tokens,
         "seconds": training.seconds,
-        "elapsed": training.elapsed,
         "loss": report.loss,
         "bits_per_byte": bits_per_byte(report.loss * report.tokens, report.bytes),
         "balance_loss": report.balance_loss,

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from moelet.disk import sync, sync_folder, write_file
 from moelet.documents import Cursor, Items, Prepared, PreparedPiece, Skipped
 from moelet.errors import UserError
 from moelet.hparams import SourceSettings
@@ -96,7 +97,7 @@ class ShardWriter:
         if self._kinds:
             self.manifest["shards"].append(self._write_shard(len(self.manifest["shards"])))
             self._clear()
-        _write(self.folder / MANIFEST, seal(self.manifest))
+        write_file(self.folder / MANIFEST, seal(self.manifest))
 
     def _write_shard(self, number: int) -> dict[str, Any]:
         dtype = np.uint16 if self.manifest["vocab_size"] <= 2**16 else np.uint32
@@ -117,7 +118,8 @@ class ShardWriter:
             with open(temporary / f"{name}.npy", "wb") as file:
                 np.save(file, array, allow_pickle=False)
                 file.flush()
-                os.fsync(file.fileno())
+                sync(file.fileno())
+        sync_folder(temporary)
         os.rename(temporary, folder)
         lengths = {name: len(array) for name, array in arrays.items()}
         return {"lengths": lengths, "sha256": {name: _sha256(folder / f"{name}.npy") for name in ARRAYS}}
@@ -125,15 +127,6 @@ class ShardWriter:
 
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05}"
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _sha256(path: Path) -> str:

@@ -19,9 +19,10 @@ from typing import Any
 from moelet import checkpoint
 from moelet.attention import ATTENTION
 from moelet.budget import Clock
-from moelet.checkpoint import HPARAMS, TOKENIZER, load_run_settings, write_file
+from moelet.checkpoint import HPARAMS, TOKENIZER, load_run_settings
 from moelet.console import Progress, duration, table
 from moelet.data import PREFETCH_BATCHES, Prefetch, Validation, read_validation, training_batches, training_texts
+from moelet.disk import write_file
 from moelet.errors import Interrupted, UserError, pick
 from moelet.experts import ACTIVATIONS, BACKENDS
 from moelet.hparams import LENGTHS, Hparams, read_hparams

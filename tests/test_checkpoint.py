@@ -21,6 +21,7 @@ from conftest import TinySettings
 
 from moelet import checkpoint
 from moelet.checkpoint import Checkpoint
+from moelet.disk import write_file
 from moelet.errors import TemporaryError, UserError
 from moelet.hparams import make_hparams
 from moelet.step import Training, build, snapshot
@@ -320,7 +321,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path) -> No
     assert faults.log == ["write", "fsync"] * len(FILES) + ["fsync", "rename", "fsync"]  # files, folder, its folder
     faults.log.clear()
     with faulty(faults):
-        checkpoint.write_file(tmp_path / "hparams.json", b"x")
+        write_file(tmp_path / "hparams.json", b"x")
     assert faults.log == ["write", "fsync", "replace", "fsync"]
 
 
@@ -354,11 +355,11 @@ def test_write_file_leaves_the_old_content_or_the_new(
     tmp_path: Path, kind: str, error: Callable[[], BaseException]
 ) -> None:
     path = tmp_path / "hparams.json"
-    checkpoint.write_file(path, b"old content")
+    write_file(path, b"old content")
     with pytest.raises((Killed, OSError)), faulty(Faults({kind}, 1, error)):
-        checkpoint.write_file(path, b"new content")
+        write_file(path, b"new content")
     assert path.read_bytes() == b"old content"
-    checkpoint.write_file(path, b"new content")
+    write_file(path, b"new content")
     assert path.read_bytes() == b"new content"
     assert os.listdir(tmp_path) == ["hparams.json"]
 
@@ -463,7 +464,7 @@ def marks_of(training: Training) -> dict[str, str]:
 def trained(tmp_path: Path, tiny_settings: TinySettings, tokenizer: Tokenizer) -> tuple[Path, Training]:
     training = build(make_hparams(tiny_settings()), tokenizer)
     training.step = 3
-    checkpoint.write_file(tmp_path / "hparams.json", training.hparams.to_json().encode())
+    write_file(tmp_path / "hparams.json", training.hparams.to_json().encode())
     tokenizer.save(tmp_path / "tokenizer.model")
     checkpoint.save(tmp_path, snapshot(training, marks_of(training)))
     return tmp_path, training
@@ -506,7 +507,7 @@ def test_load_explains_what_it_cannot_load(trained: tuple[Path, Training], tmp_p
         checkpoint.load(run / "nowhere")
 
     other = Tokenizer.train(["other words entirely " * 99], 300)
-    checkpoint.write_file(run / "tokenizer.model", other.model_bytes)
+    write_file(run / "tokenizer.model", other.model_bytes)
     with pytest.raises(UserError, match=r"tokenizer.model isn't the one that the model was trained with.*Restore"):
         checkpoint.load(run)
     training.tokenizer.save(run / "tokenizer.model")
@@ -514,10 +515,10 @@ def test_load_explains_what_it_cannot_load(trained: tuple[Path, Training], tmp_p
     for old, new in (('"d_ff": 64', '"d_ff": 128'), ('"embed_scale": 1.0', '"embed_scale": 2.0')):
         edited = training.hparams.to_json().replace(old, new)
         assert edited != training.hparams.to_json()
-        checkpoint.write_file(run / "hparams.json", edited.encode())
+        write_file(run / "hparams.json", edited.encode())
         with pytest.raises(UserError, match=r"hparams.json isn't the one that the model was trained with.*Restore"):
             checkpoint.load(run)
-    checkpoint.write_file(run / "hparams.json", training.hparams.to_json().encode())
+    write_file(run / "hparams.json", training.hparams.to_json().encode())
 
     delete(folder(run, 3) / "optimizer.safetensors", random.Random())
     with pytest.raises(UserError, match=r"no model that verifies.*step 3 passed over: optimizer.*missing.*Restore"):
@@ -525,3 +526,20 @@ def test_load_explains_what_it_cannot_load(trained: tuple[Path, Training], tmp_p
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(UserError, match="no checkpoint yet.*--resume"):
         checkpoint.load(run)
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL])
+def test_a_drive_without_locks_and_syncs_is_used_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    """What a folder mounted from a cloud says to flock and fsync."""
+
+    def not_offered(*given: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", not_offered)
+    monkeypatch.setattr(os, "fsync", not_offered)
+    with checkpoint.lock(tmp_path):
+        checkpoint.save(tmp_path, made(3))
+    assert "without locks" in caplog.text
+    assert checkpoint.newest(tmp_path) == (3, [])

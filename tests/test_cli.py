@@ -239,7 +239,7 @@ def test_a_full_disk_while_saving_keeps_the_last_checkpoint(
     code: int, settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "run"
-    write = checkpoint._write
+    write = checkpoint.write_synced
 
     def full(file: Path, data: bytes) -> None:
         if "step-00000004" in str(file) and file.name == "optimizer.safetensors":
@@ -248,7 +248,7 @@ def test_a_full_disk_while_saving_keeps_the_last_checkpoint(
         write(file, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write", full)
+        patch.setattr(checkpoint, "write_synced", full)
         assert main(["train", str(settings), "--run", str(path), "--set", "train.checkpoint_steps=2"]) == 75
     said = capsys.readouterr().err
     assert os.strerror(code) in said and "MiB" in said and f"--resume {path}" in said

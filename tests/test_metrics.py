@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def test_cutting_drops_the_later_steps_and_only_those(tmp_path: Path, at: int) -
 
 
 def test_a_last_line_cut_anywhere_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics.os, "fsync", lambda handle: None)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
     rows = [json.dumps({"step": step, "loss": 1.5, "sample": "é"}) + "\n" for step in (1, 2, 3)]
     whole = "".join(rows).encode()
     for end in range(len(whole) + 1):
@@ -74,7 +75,7 @@ def test_a_death_while_cutting_leaves_the_old_file(tmp_path: Path, monkeypatch: 
 
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(metrics.os, name, die)
+            patch.setattr(os, name, die)
             cut_metrics(tmp_path, 1)
         assert steps(tmp_path) == [1, 2]
     cut_metrics(tmp_path, 1)

@@ -49,7 +49,11 @@ def test_emulated_bf16_is_refused(capability: tuple[int, int], monkeypatch: pyte
 def test_format_of_a_cpu(has_bf16: bool, want: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: has_bf16)
     assert choose_dtype("auto", CPU) == want
-    assert choose_dtype("bf16", CPU) == torch.bfloat16
+    if has_bf16:
+        assert choose_dtype("bf16", CPU) == torch.bfloat16
+    else:
+        with pytest.raises(UserError, match='"bf16" and this CPU has no.*"auto" or "fp32"'):
+            choose_dtype("bf16", CPU)
     assert choose_dtype("fp16", CPU) == torch.float16
     assert choose_dtype("fp32", CPU) == torch.float32
 

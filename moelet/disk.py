@@ -1,0 +1,46 @@
+"""Files that are whole or not there, whenever the power goes."""
+
+import errno
+import os
+from pathlib import Path
+
+# what mounted drives and network folders answer to locks and syncs that they don't have
+NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+def sync(handle: int) -> None:
+    """Have what was written on the disk before returning, where the file system knows what that means."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk before returning."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        sync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file that nobody looks for yet; on the disk before returning."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        sync(file.fileno())
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file: cut off at any point, the old one or the new one is there; on the disk before returning."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        write_synced(temporary, data)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
