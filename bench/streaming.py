@@ -80,7 +80,7 @@ def main() -> None:
 
 def measure(given: argparse.Namespace) -> None:
     changes = [f"train.batch_size={given.batch_size}", f"data.shuffle_window={given.window}", f"data.dataset={ZYDA}"]
-    hparams = read_hparams(RECIPE, [*changes, "tokenizer.sample_bytes=5000000", "tokenizer.vocab_size=16000"])
+    hparams = read_hparams(RECIPE, [*changes, "tokenizer.sample_bytes=5000000", "tokenizer.vocab_size=8192"])
     texts = training_texts(hparams.data, 0)
     tokenizer = Tokenizer.train(texts, hparams.tokenizer.vocab_size, sample_bytes=hparams.tokenizer.sample_bytes)
     alone = rows_alone(hparams, tokenizer, 5.0)
@@ -98,20 +98,15 @@ def measure(given: argparse.Namespace) -> None:
             found = [step_seconds(training, iter([item]))[0] for item in at_hand]
             still += found if number else []
     rate = given.batch_size * hparams.model.max_length
-    ratio = statistics.median(streamed) / statistics.median(still)
+    streamed_step, step = statistics.median(streamed), statistics.median(still)
     print(f"{training.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, {training.dtype},")
     print(f"batch {given.batch_size} x {hparams.model.max_length}, medians of {len(still)} steps each\n")
     print("| what | figure |\n|---|---|")
     print(f"| reading, encoding and packing alone | {alone:,.0f} tokens/s |")
-    print(
-        f"| step with batches at hand | {statistics.median(still):.3f} s, {rate / statistics.median(still):,.0f} tokens/s |"
-    )
-    print(f"| step with batches streamed | {statistics.median(streamed):.3f} s |")
-    print(f"| streamed / at hand | {ratio:.3f} |")
-    print(f"| of a step, waiting for data | {statistics.mean(waits) / statistics.mean(streamed):.2%} |")
-    print(
-        f"| bound: step's tokens at the rate of reading alone | {rate / alone / statistics.median(still):.2%} of a step |"
-    )
+    print(f"| a step's tokens at that rate | {rate / alone / step:.2%} of a step |")
+    print(f"| step with batches at hand | {step:.3f} s, {rate / step:,.0f} tokens/s |")
+    print(f"| step with batches streamed | {streamed_step:.3f} s, {streamed_step / step:.3f} of that |")
+    print(f"| of it, waiting for data | {statistics.mean(waits) / statistics.mean(streamed):.2%} |")
 
 
 if __name__ == "__main__":
