@@ -158,7 +158,7 @@ def _read_window(
             whole = pieces_of(item, settings.piece_chars)
             counts["documents"] += 1 if item.ends else 0
             counts["cut in pieces"] += 1 if len(whole) > 1 and item.ends else 0
-            if settings.mix and isinstance(item, Document):
+            if settings.parts and isinstance(item, Document):
                 counts[f"mix {item.part} documents"] += int(item.ends)
                 counts[f"mix {item.part} characters"] += len(item.text)
             pieces += [piece for piece in whole if keep(piece.digest)]
@@ -171,9 +171,9 @@ def reading_report(settings: DataSettings, cursor: Cursor) -> dict[str, Any]:
     """Return what was read up to the cursor: documents, those cut, rows skipped by reason, padding, shares of a mix."""
     counts = dict(cursor["read"])
     report = {"documents": counts.pop("documents", 0), "documents_cut": counts.pop("cut in pieces", 0)}
-    if settings.mix:
+    if settings.parts:
         units = ("documents", "characters")
-        read = ([counts.pop(f"mix {k} {unit}", 0) for k in range(len(settings.mix))] for unit in units)
+        read = ([counts.pop(f"mix {k} {unit}", 0) for k in range(len(settings.parts))] for unit in units)
         report["mix"] = mix_shares(settings, *read)
     return {**report, "skipped": counts, "padding": cursor["padding"] / max(1, cursor["positions"])}
 

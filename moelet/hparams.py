@@ -147,6 +147,11 @@ class DataSettings(SourceSettings):
             )
         return self
 
+    @property
+    def parts(self) -> list[MixedSource]:
+        """The sources that a mix draws from; none where the source is another."""
+        return (self.mix or []) if self.source == "mix" else []
+
 
 class OptimSettings(Section):
     optimizer: str = Field("adamw", description="a name in optim.OPTIMIZERS")

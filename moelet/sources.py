@@ -66,7 +66,7 @@ def read_mix(settings: DataSettings, seed: int, epoch: int, cursor: Cursor | Non
 
     A cursor holds each part's pass of its own, cursor in it, and what was taken from it, in `mix_unit`.
     """
-    parts = settings.mix or []
+    parts = settings.parts
     fresh = {"pass": 0, "cursor": None, "taken": 0, "empty": True}
     states: list[Cursor] = [dict(state) for state in cursor["parts"]] if cursor else [dict(fresh) for _ in parts]
     streams = [_pass_of(part, seed, epoch, state) for part, state in zip(parts, states, strict=True)]
@@ -101,7 +101,7 @@ def _label(settings: SourceSettings) -> str:
 
 def mix_shares(settings: DataSettings, documents: Sequence[int], characters: Sequence[int]) -> list[dict[str, Any]]:
     """Return for each part of a mix the share that was asked for and those that it got, given what was read of it."""
-    parts, weights = settings.mix or [], sum(part.weight for part in settings.mix or [])
+    parts, weights = settings.parts, sum(part.weight for part in settings.parts)
     totals = max(1, sum(documents)), max(1, sum(characters))
     return [
         {
@@ -115,12 +115,12 @@ def mix_shares(settings: DataSettings, documents: Sequence[int], characters: Seq
 
 
 def _fingerprint_mix(settings: DataSettings) -> str:
-    parts = [[part.weight, SOURCES[part.source].fingerprint(part)] for part in settings.mix or []]
+    parts = [[part.weight, SOURCES[part.source].fingerprint(part)] for part in settings.parts]
     return hashlib.sha256(json.dumps([settings.mix_unit, parts]).encode()).hexdigest()
 
 
 def _pin_mix(settings: DataSettings) -> DataSettings:
-    parts = [pick(SOURCES, part.source, "data.mix.source").pin(part) for part in settings.mix or []]
+    parts = [pick(SOURCES, part.source, "data.mix.source").pin(part) for part in settings.parts]
     return settings.model_copy(update={"mix": parts})
 
 

@@ -46,7 +46,7 @@ FREE_SETTINGS = {
 def check(hparams: Hparams) -> None:
     """Raise UserError, before any work, for a name that no table holds and for what this machine hasn't got."""
     pick(SOURCES, hparams.data.source, "data.source")
-    for part in hparams.data.mix or []:
+    for part in hparams.data.parts:
         pick(SOURCES, part.source, "data.mix.source")
     pick(OPTIMIZERS, hparams.optim.optimizer, "optim.optimizer")
     pick(SCHEDULES, hparams.optim.schedule, "optim.schedule")
@@ -195,8 +195,8 @@ def with_commits_of(saved: Hparams, hparams: Hparams) -> Hparams:
         return new.model_copy(update={"revision": old.revision}) if same else new
 
     data = keep(saved.data, hparams.data)
-    if saved.data.mix and data.mix and len(saved.data.mix) == len(data.mix):
-        data = data.model_copy(update={"mix": list(map(keep, saved.data.mix, data.mix))})
+    if data.parts and len(saved.data.parts) == len(data.parts):
+        data = data.model_copy(update={"mix": list(map(keep, saved.data.parts, data.parts))})
     return hparams.model_copy(update={"data": data})
 
 

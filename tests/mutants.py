@@ -119,6 +119,27 @@ MUTANTS = [
         "tests/test_hub.py",
     ),
     Mutant(
+        "rows of the hub that come again after a resume",
+        "moelet/hub.py",
+        "item, lane[1], lane[2] = found",
+        "item, lane[1], _ = found",
+        "tests/test_hub.py",
+    ),
+    Mutant(
+        "a mix that forgets its shares at a resume",
+        "moelet/sources.py",
+        '[dict(state) for state in cursor["parts"]]',
+        '[{**state, "taken": 0} for state in cursor["parts"]]',
+        "tests/test_sources.py",
+    ),
+    Mutant(
+        "a schedule that starts over at each plan of a time budget",
+        "moelet/optim.py",
+        "        progress += (1 - progress) * made / (total - start)",
+        "        progress = made / (total - start)",
+        "tests/test_optim.py",
+    ),
+    Mutant(
         "a saved checkpoint that nothing can load",
         "moelet/step.py",
         "return Checkpoint(training.step, training.model.state_dict(),",
