@@ -1,8 +1,10 @@
 """The hub source against a hub on 127.0.0.1: the same rows whatever the connection does, and a run that survives it."""
 
 import json
+import os
 import random
 import re
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ import pytest
 from conftest import TinySettings
 from hub_client import hub_environment, use_hub, without_sleeps
 from hub_server import HubServer
-from processes import Zygote, assert_same_run, kill_and_resume, rows
+from processes import Zygote, assert_same_run, kill_and_resume, last_step, rows
 from zyda import COMPONENTS, ZYDA, make_zyda, zyda_documents
 
 from moelet import hub
@@ -271,24 +273,35 @@ def test_killed_five_times_while_the_hub_fails_the_run_ends_as_if_nothing_had_ha
     assert hub.COMMIT.fullmatch(pinned)
 
 
-def test_a_hub_that_goes_away_leaves_a_checkpoint_to_go_on_from(
+def test_a_hub_that_goes_away_loses_nothing(
     far_zygote: tuple[Zygote, HubServer], root: Path, tiny_settings: TinySettings, tmp_path: Path
 ) -> None:
-    """A refusal in the middle: the run saves where it is, ends, and goes on later as if it had not."""
+    """In the middle it fails, and a signal finds the run waiting; then it refuses; then all is well again."""
     zygote, server = far_zygote
     data = {"source": "hub", "files": None, "dataset": ZYDA, "name": SAMPLE, "shuffle_window": 16}
     given = tiny_settings(data=data, train={"train_steps": 200, "batch_size": 16, "checkpoint_steps": 1000})
     (tmp_path / "settings.json").write_text(json.dumps(given))
     zygote.run("train", tmp_path / "settings.json", "--run", tmp_path / "whole")
     run = tmp_path / "run"
-    zygote.start("train", tmp_path / "settings.json", "--run", run)
+    pid = zygote.start("train", tmp_path / "settings.json", "--run", run)
     while not rows(run):
         time.sleep(0.005)
-    server.fail(SHARD, "status", code=403, times=float("inf"))
+    server.fail(SHARD, "status", code=500, times=float("inf"))
+    reached = -1
+    while last_step(run) != reached:  # until it waits, where the second pass over the text begins
+        reached = last_step(run)
+        time.sleep(1.0)
+    began = time.monotonic()
+    os.kill(pid, signal.SIGTERM)
+    assert zygote.wait() == 128 + signal.SIGTERM, zygote.said()
+    assert time.monotonic() - began < 10
+    assert 50 < reached < 200 and f"interrupted and saved at step {reached}" in zygote.said()
+    server.faults.clear()
+    server.fail(SHARD, "status", code=403, times=float("inf"), skip=20)
+    zygote.start("train", "--resume", run)
     assert zygote.wait() == 78
     assert "refuses access" in zygote.said() and "Traceback" not in zygote.said()
     server.faults.clear()
-    assert 50 < rows(run)[-1]["step"] < 200, "it ended where the second pass over the text began"
     zygote.run("train", "--resume", run)
     assert "resumed at step" in zygote.said()
     assert_same_run(run, tmp_path / "whole")
