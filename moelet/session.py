@@ -89,11 +89,11 @@ class Session:
         if self.pace is None:
             return
         self.pace.note_step(took)
-        if not self.pace.is_due():
-            return
         training, settings = self.training, self.training.hparams.train
-        left = self.pace.steps_left(training.step, settings.eval_steps, settings.checkpoint_steps)
         planned = training.total_steps
+        if training.step == planned or not self.pace.is_due():  # the last step was made at min_lr: that's the end
+            return
+        left = self.pace.steps_left(training.step, settings.eval_steps, settings.checkpoint_steps)
         if planned is None or abs(training.step + left - planned) > REPLAN_SHARE * left:
             training.plan.append([training.step, training.step + left])
 

@@ -154,6 +154,32 @@ def test_a_machine_that_turns_slow_or_fast_still_ends_in_time(
     assert_ends_in_time(tmp_path / "run", machine)
 
 
+@pytest.mark.parametrize("budget_seconds", [0.5, 7.0])
+def test_a_time_too_short_still_ends_and_at_min_lr(
+    machine: Machine, settings: dict[str, Any], tmp_path: Path, budget_seconds: float
+) -> None:
+    settings["train"]["time_budget"] = budget_seconds
+    machine.seconds = 30.0  # the start took longer than there is
+    train.start(make_hparams(settings), tmp_path / "run", Progress(), 0.0)
+    last = rows(tmp_path / "run")[-1]
+    assert last["step"] == last["total_steps"] <= 6 and last["lr"] == 0.001 and "val_loss" in last
+
+
+def test_a_machine_that_stalls_at_the_end_does_not_go_on_for_ever(
+    monkeypatch: pytest.MonkeyPatch, machine: Machine, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    inner = session.train_step
+
+    def stalling(training: Any, batches: Any) -> Any:
+        machine.step = 50.0 if training.step == 240 else 0.5
+        return inner(training, batches)
+
+    monkeypatch.setattr(session, "train_step", stalling)
+    train.start(make_hparams(settings), tmp_path / "run", Progress(), 0.0)
+    last = rows(tmp_path / "run")[-1]
+    assert last["step"] == last["total_steps"] <= 245 and last["lr"] == 0.001
+
+
 class Killed(BaseException):
     pass
 
