@@ -110,15 +110,18 @@ class Machine:
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(train, "matrix_rate", lambda device, dtype: 1e12)
     monkeypatch.setattr(metrics, "RATE_SECONDS", 0.0)
-    return Machine(monkeypatch, 0.5, 8.0)  # an evaluation of 1000 tokens, at 32 a step, is guessed to take 8 s
+    return Machine(monkeypatch, 2.0, 8.0)  # an evaluation of 250 tokens, at 32 a step, is guessed to take 8 s
 
 
 @pytest.fixture
 def settings(tiny_settings: TinySettings, tokenizer: Tokenizer, tmp_path: Path) -> dict[str, Any]:
     tokenizer.save(tmp_path / "given.model")
-    length = {"train_steps": None, "time_budget": 180.0, "eval_steps": 50, "checkpoint_steps": 20, "batch_size": 1}
+    length = {"train_steps": None, "time_budget": 180.0, "eval_steps": 25, "checkpoint_steps": 5, "batch_size": 1}
+    length["eval_tokens"] = 250
     optim = {"warmup_steps": 1000, "schedule": "cosine"}
-    return tiny_settings(tokenizer={"file": str(tmp_path / "given.model")}, train=length, optim=optim)
+    return tiny_settings(
+        tokenizer={"file": str(tmp_path / "given.model")}, data={"piece_chars": 300}, train=length, optim=optim
+    )
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -146,7 +149,7 @@ def test_a_machine_that_turns_slow_or_fast_still_ends_in_time(
     inner = session.train_step
 
     def changing(training: Any, batches: Any) -> Any:
-        machine.step = 0.5 if training.step < 100 else 0.5 * factor
+        machine.step = 2.0 if training.step < 25 else 2.0 * factor
         return inner(training, batches)
 
     monkeypatch.setattr(session, "train_step", changing)
@@ -171,13 +174,13 @@ def test_a_machine_that_stalls_at_the_end_does_not_go_on_for_ever(
     inner = session.train_step
 
     def stalling(training: Any, batches: Any) -> Any:
-        machine.step = 50.0 if training.step == 240 else 0.5
+        machine.step = 50.0 if training.step == 60 else 2.0
         return inner(training, batches)
 
     monkeypatch.setattr(session, "train_step", stalling)
     train.start(make_hparams(settings), tmp_path / "run", Progress(), 0.0)
     last = rows(tmp_path / "run")[-1]
-    assert last["step"] == last["total_steps"] <= 245 and last["lr"] == 0.001
+    assert last["step"] == last["total_steps"] <= 65 and last["lr"] == 0.001
 
 
 class Killed(BaseException):
@@ -197,7 +200,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, work: Any) -> None:
         work()
 
 
-@pytest.mark.parametrize("step", [2, 130, 210])
+@pytest.mark.parametrize("step", [2, 33, 52])
 def test_a_budget_cut_in_two_by_a_kill(
     monkeypatch: pytest.MonkeyPatch, machine: Machine, settings: dict[str, Any], tmp_path: Path, step: int
 ) -> None:
@@ -210,7 +213,7 @@ def test_a_budget_cut_in_two_by_a_kill(
     machine.seconds += 5  # to start up again
     train.resume(run, [], Progress(), began)
     machine.seconds -= 5000
-    assert killed_at > (50 if step > 2 else 0)
+    assert killed_at > (40 if step > 2 else 0)
     assert_ends_in_time(run, machine)
 
 
@@ -220,12 +223,12 @@ def test_a_run_resumed_inside_a_shorter_time_ends_then(
     run = tmp_path / "run"
     settings["train"] |= {"time_budget": None, "train_steps": 5000}  # never meant to have a budget
     settings["optim"]["warmup_steps"] = 20
-    kill_at(monkeypatch, 130, lambda: train.start(make_hparams(settings), run, Progress(), 0.0))
+    kill_at(monkeypatch, 33, lambda: train.start(make_hparams(settings), run, Progress(), 0.0))
     began = machine.seconds
     train.resume(run, [], Progress(), began, seconds=60.0)
     assert 50 <= machine.seconds - began + budget.REPORT_SECONDS <= 60
     last = rows(run)[-1]
-    assert last["lr"] == 0.001 and last["step"] == last["total_steps"] < 300
+    assert last["lr"] == 0.001 and last["step"] == last["total_steps"] < 80
     saved = json.loads((run / "hparams.json").read_text())["train"]
     assert saved["time_budget"] > 60 and saved["train_steps"] is None
 
