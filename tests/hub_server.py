@@ -187,9 +187,11 @@ class HubServer:
         if not (self.root / repo).is_dir():
             raise Refusal(401, "RepoNotFound", "Repository not found")
         with self.lock:
-            if revision == "main":
+            if revision == "main" or (repo, revision) not in self._commits:  # it may be one of an earlier server's
                 commit = Commit(repo, self.root / repo, Path(self._copies.name))
-                return self._commits.setdefault((repo, commit.sha), commit)
+                commit = self._commits.setdefault((repo, commit.sha), commit)
+                if revision == "main":
+                    return commit
             if (repo, revision) not in self._commits:
                 raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
             return self._commits[repo, revision]
