@@ -13,13 +13,13 @@ formats are read by `datasets`, which knows no way into the middle of a file: it
 import hashlib
 import json
 import logging
+import os
 import random
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from itertools import islice
-from pathlib import Path
 from time import monotonic, sleep, time
 from typing import Any, NamedTuple, TypeVar
 
@@ -221,9 +221,11 @@ def _named(settings: SourceSettings) -> str:
 def pin_hub(settings: S) -> S:
     """Return the settings with the commit that their revision means today, so that the text never changes on the way.
 
-    A local folder has none. Raises UserError and TemporaryError as reading does.
+    A local folder has none, but an absolute path. Raises UserError and TemporaryError as reading does.
     """
-    if Path(str(settings.dataset)).exists() or COMMIT.fullmatch(settings.revision or ""):
+    if settings.dataset and os.path.exists(settings.dataset):
+        return settings.model_copy(update={"dataset": os.path.abspath(settings.dataset)})
+    if COMMIT.fullmatch(settings.revision or ""):
         return settings
     from huggingface_hub import HfApi
 

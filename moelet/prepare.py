@@ -126,7 +126,10 @@ def _begin(hparams: Hparams, folder: Path, tokens: int | None, progress: Progres
 def _encode_all(
     hparams: Hparams, tokenizer: Tokenizer, folder: Path, manifest: dict[str, Any], progress: Progress
 ) -> None:
-    """Encode items from the manifest's cursor on until there are enough, or the pass ends; then it is complete."""
+    """Encode items from the manifest's cursor on until there are enough, or the pass ends; then it is complete.
+
+    The manifest in memory may run ahead of the one on the disk, which only ever tells of whole groups.
+    """
     settings, cursor = hparams.data, manifest["cursor"]
     windows = {split: Windows(**found) for split, found in manifest["windows"].items()}
     keeps = splits(settings)
@@ -137,35 +140,33 @@ def _encode_all(
         state = {split: dataclasses.asdict(found) for split, found in windows.items()}
         writer.flush(cursor=cursor, windows=state, complete=complete)
 
-    began, last = time.monotonic(), 0
-    try:
-        while not all(found.enough for found in windows.values()):
+    began, before = time.monotonic(), manifest["bytes"]
+    while not all(found.enough for found in windows.values()):
+        try:
             group, after = _encode_group(items, settings.piece_chars, tokenizer)
-            if after is None and not group:
-                break
-            for item, n_bytes in group:
-                writer.add(item)
-                manifest["items"] += 1
-                manifest["bytes"] += n_bytes
-                if isinstance(item, Skipped):
-                    continue
-                for split, found in windows.items():
-                    kept = [piece for piece in item.pieces if keeps[split](piece.digest)]
-                    ends = [item.ends and piece is item.pieces[-1] for piece in kept]
-                    found.add([len(piece.ids) + 1 + end for piece, end in zip(kept, ends, strict=True)])
-                manifest["tokens"] += sum(len(piece.ids) + 1 for piece in item.pieces) + item.ends
-            cursor = after
-            if writer.is_full:
-                flush(complete=False)
-            seconds = time.monotonic() - began
-            last = last or manifest["bytes"]
-            rate = (manifest["bytes"] - last) / 2**20 / max(seconds, 1e-9)
-            progress.show(
-                f"{manifest['items']:,} documents and rows, {manifest['tokens']:,} tokens, {rate:.1f} MB/s", False
-            )
-    except BaseException:
-        flush(complete=False)  # also for Ctrl-C: nothing that was encoded is encoded again
-        raise
+        except BaseException:  # Ctrl-C, too: what was encoded and counted until here is kept
+            flush(complete=False)
+            raise
+        if not group:
+            break
+        for item, n_bytes in group:
+            writer.add(item)
+            manifest["items"] += 1
+            manifest["bytes"] += n_bytes
+            if isinstance(item, Skipped):
+                continue
+            for split, found in windows.items():
+                kept = [piece for piece in item.pieces if keeps[split](piece.digest)]
+                ends = [item.ends and piece is item.pieces[-1] for piece in kept]
+                found.add([len(piece.ids) + 1 + end for piece, end in zip(kept, ends, strict=True)])
+            manifest["tokens"] += sum(len(piece.ids) + 1 for piece in item.pieces) + item.ends
+        cursor = after
+        if writer.is_full:
+            flush(complete=False)
+        rate = (manifest["bytes"] - before) / 2**20 / (time.monotonic() - began)
+        progress.show(
+            f"{manifest['items']:,} documents and rows, {manifest['tokens']:,} tokens, {rate:.1f} MB/s", False
+        )
     if not manifest["tokens"]:
         raise UserError("the data holds no text. Training needs some. Set data.files or data.source.")
     flush(complete=True)

@@ -112,3 +112,8 @@ def test_the_fingerprint_of_a_dataset_is_its_names(dataset: Path) -> None:
     changes: list[dict[str, Any]] = [{}, {"name": "b"}, {"split": "test"}, {"revision": "abc"}, {"text_field": "body"}]
     prints = [SOURCES["hub"].fingerprint(hub(dataset, **change)) for change in changes]
     assert len(set(prints)) == len(prints) and prints[0] == SOURCES["hub"].fingerprint(hub(dataset))
+
+
+def test_a_local_dataset_is_found_from_anywhere(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(dataset.parent)
+    assert SOURCES["hub"].pin(hub(dataset, dataset=dataset.name)).dataset == str(dataset)

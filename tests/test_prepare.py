@@ -139,6 +139,30 @@ def test_an_interrupted_preparation_goes_on(
     assert [repr(found[k]) for k in range(len(found))] == [repr(expected[k]) for k in range(len(expected))]
 
 
+def test_ctrl_c_at_any_moment_keeps_whole_groups(
+    hparams: Hparams, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the middle of a group, whose items must not be there twice later."""
+    given = hparams.model_copy(update={"tokenizer": TokenizerSettings(file=str(folder / "tokenizer.model"))})
+    real = shards.ShardWriter.add
+    for number, when in enumerate((3, 10, 30)):
+        calls = []
+
+        def add(self: Any, item: Any, when: int = when, calls: list[int] = calls) -> None:
+            calls.append(1)
+            if len(calls) == when:
+                raise KeyboardInterrupt
+            real(self, item)
+
+        cut = tmp_path / f"cut-{number}"
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(shards.ShardWriter, "add", add)
+            prepare.prepare(given, cut, 10**9, Progress())
+        prepare.prepare(given, cut, 10**9, Progress())
+        found, expected = shards.Shards(cut), shards.Shards(folder)
+        assert [repr(found[k]) for k in range(len(found))] == [repr(expected[k]) for k in range(len(expected))]
+
+
 def test_preparing_again_changes_nothing_and_other_settings_are_refused(hparams: Hparams, folder: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.glob("shard-*/*.npy")}
     prepare.prepare(hparams, folder, 10**9, Progress())
