@@ -10,6 +10,7 @@ A parquet file goes on at its row group, so a resume reads one row group a lane,
 formats are read by `datasets`, which knows no way into the middle of a file: it is read again up to the row.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -40,6 +41,8 @@ LONGEST_WORDS = 300  # characters of a client's error that ours repeats
 LOG = logging.getLogger("moelet")
 
 GARBLED = (ArrowException, json.JSONDecodeError)  # what a login page in place of a file, or half a file, raises
+
+OUR_SIDE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # this machine's disk, not the hub
 
 T = TypeVar("T")
 S = TypeVar("S", bound=SourceSettings)
@@ -156,6 +159,8 @@ def _may_pass(error: Exception) -> bool:
     """Return whether this is the world's fault, not the program's: the connection, or bytes that make no sense."""
     from huggingface_hub import errors
 
+    if isinstance(error, OSError) and error.errno in OUR_SIDE:
+        return False
     http_error: type[Exception] = getattr(errors, "HTTPError")  # noqa: B009  that of whichever HTTP client it uses
     return isinstance(error, (OSError, EOFError, http_error, *GARBLED))
 
@@ -209,7 +214,7 @@ def _asked_to_wait(error: Exception) -> float:
 
 
 def _words(error: Exception) -> str:
-    """Return an error in one line, without the links that clients append."""
+    """Return an error in one line that fits a screen."""
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= LONGEST_WORDS else f"{words[:LONGEST_WORDS]}..."
 

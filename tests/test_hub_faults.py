@@ -1,5 +1,6 @@
 """The hub source against a hub on 127.0.0.1: the same rows whatever the connection does, and a run that survives it."""
 
+import errno
 import json
 import os
 import random
@@ -178,6 +179,16 @@ def test_mistakes_are_explained_at_once(
     if "revision" in changes or "dataset" in changes:
         with pytest.raises(UserError, match=message):
             SOURCES["hub"].pin(settings(**changes))
+
+
+def test_a_full_disk_of_ours_is_not_waited_for(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any, **named: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hub, "sleep", lambda seconds: pytest.fail("nothing to wait for"))
+    monkeypatch.setattr("datasets.load_dataset_builder", full)
+    with pytest.raises(OSError, match="No space left"):
+        next(read(settings()))
 
 
 @pytest.mark.parametrize("code", [401, 403])
