@@ -139,6 +139,13 @@ def test_the_progress_line_says_all_there_is_to_know() -> None:
     assert "\n" not in line and len(line) < 140
 
 
+def test_the_progress_line_tells_of_overflows_and_of_what_is_not_known_yet() -> None:
+    line = progress_line({**ROW, "loss_scale": 32768.0, "skipped_steps": 3}, None, None)
+    assert "scale 32768, 3 skipped" in line
+    assert line.startswith(f"step {ROW['step']} |") and "left" not in line and "%" not in line
+    assert "scale" not in progress_line({**ROW, "loss_scale": 65536.0, "skipped_steps": 0}, 200, 3725)
+
+
 def test_the_progress_line_of_a_dense_model_without_bytes() -> None:
     line = progress_line({**ROW, "expert_load": [], "bits_per_byte": None}, 200, 0)
     assert "experts" not in line and "bits" not in line and "0:00 left" in line

@@ -196,6 +196,18 @@ def test_report_is_one_safe_page_with_everything(tmp_path: Path) -> None:
         assert text in page.text
 
 
+def test_fp16_a_mix_and_a_planned_length_are_shown(tmp_path: Path) -> None:
+    rows = make_rows(steps=120)
+    share = {"source": "books & <more>", "asked": 0.7, "documents": 0.6999, "characters": 0.913}
+    for row in rows:
+        row |= {"loss_scale": 2.0**15, "skipped_steps": 3, "total_steps": None if row["step"] < 9 else 120}
+    rows[-1]["mix"] = [share]
+    page = Page(write_report(make_run(tmp_path / "run", rows)))
+    assert "fp16 loss scale" in page.text
+    assert "from books & <more>" in page.text and "70.0% of documents, 91.3% of characters; asked 70.0%" in page.text
+    assert "finished: step 120 of 120" in page.text, "the plan counts, not the 170 steps of the settings"
+
+
 def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", make_rows(30))
     assert write_report(run).read_bytes() == write_report(run).read_bytes()
