@@ -49,6 +49,7 @@ class Pace:
         self.steps: deque[float] = deque(maxlen=RECENT_STEPS)
         self.costs = {"evaluation": 0.0, "checkpoint": 0.0}
         self.made = 0
+        self.next_planned = 0  # look again when the plan leaves no more steps than this
         self.next_look = clock.now() + min(CALIBRATION_SHARE * budget, CALIBRATION_SECONDS)
 
     def note_step(self, seconds: float) -> None:
@@ -56,9 +57,14 @@ class Pace:
         if self.made > 1:  # the first allocates and compiles
             self.steps.append(seconds)
 
-    def is_due(self) -> bool:
-        """Return whether to plan now: after the calibration, then whenever half of the time left has passed."""
-        if len(self.steps) < CALIBRATION_STEPS or self.clock.now() < self.next_look:
+    def is_due(self, planned: int | None) -> bool:
+        """Return whether to plan now: after the calibration, then when half of the time or of the planned steps left
+        has passed, whichever comes first: the first steps may have been far slower than the rest.
+
+        `planned` is how many steps the plan so far leaves; None: there is none.
+        """
+        half_made = planned is not None and planned <= self.next_planned
+        if len(self.steps) < CALIBRATION_STEPS or (self.clock.now() < self.next_look and not half_made):
             return False
         self.next_look = self.clock.now() + (self.budget - self.clock.now()) / 2
         return True

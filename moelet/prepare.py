@@ -66,7 +66,7 @@ def prepare(hparams: Hparams, folder: Path, tokens: int | None, progress: Progre
         if not manifest["complete"]:
             _encode_all(hparams, Tokenizer.load(folder / TOKENIZER), folder, manifest, progress)
         ready = hparams.data.model_copy(update={"source": "prepared", "files": [str(folder.absolute())], "mix": None})
-        tokenizer = hparams.tokenizer.model_copy(update={"file": str((folder / TOKENIZER).absolute())})
+        tokenizer = hparams.tokenizer.model_copy(update={"file": None})  # the folder's own, wherever it is moved to
         ready_hparams = hparams.model_copy(update={"data": ready, "tokenizer": tokenizer})
         write_file(folder / HPARAMS, ready_hparams.to_json().encode())
     return manifest

@@ -91,11 +91,14 @@ class Session:
         self.pace.note_step(took)
         training, settings = self.training, self.training.hparams.train
         planned = training.total_steps
-        if training.step == planned or not self.pace.is_due():  # the last step was made at min_lr: that's the end
+        if training.step == planned:  # the last step was made at min_lr: that's the end
+            return
+        if not self.pace.is_due(None if planned is None else planned - training.step):
             return
         left = self.pace.steps_left(training.step, settings.eval_steps, settings.checkpoint_steps)
         if planned is None or abs(training.step + left - planned) > REPLAN_SHARE * left:
             training.plan.append([training.step, training.step + left])
+        self.pace.next_planned = left // 2
 
     def due(self, every: int | None) -> bool:
         """Return whether something done every so many steps, and after the last one, is due now."""

@@ -166,9 +166,10 @@ def resume(
         check(hparams)
         if checkpoint.checkpoint_steps(run):
             training = _restored(hparams, run, progress)
-            progress.say(
-                f"resumed at step {training.step}" + (f" of {total}" if (total := training.total_steps) else "")
-            )
+            total = training.total_steps
+            progress.say(f"resumed at step {training.step}" + (f" of {total}" if total else ""))
+            if total == training.step:
+                progress.say("this run is finished: nothing is left to train, whatever the time.")
         else:
             progress.say(f"{run} has no checkpoint yet: starting over.")
             training = _fresh(hparams, run)

@@ -52,12 +52,12 @@ def seconds_of(steps: int, extras: Any) -> float:
 def test_the_steps_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     now = Time(monkeypatch)
     pace = Pace(Clock(50.0, 990.0), 1000.0, evaluation=4.0)  # 60 of 1000 s are gone
-    assert not pace.is_due()
+    assert not pace.is_due(None)
     for seconds in (30.0, 2.0, 2.0, 2.0):  # the first doesn't count
-        assert not pace.is_due(), "not before the calibration is over"
+        assert not pace.is_due(None), "not before the calibration is over"
         now.seconds += seconds
         pace.note_step(seconds)
-    assert pace.is_due() and not pace.is_due()
+    assert pace.is_due(None) and not pace.is_due(None)
     left = 1000 * (1 - budget.MARGIN) - 96 - budget.REPORT_SECONDS
     assert pace.steps_left(4, None, None) == int((left - 8) / 2)
     pace.costs = {"evaluation": 20.0, "checkpoint": 5.0}
@@ -66,7 +66,7 @@ def test_the_steps_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         costs = [seconds_of(steps, ((20, eval_steps), (5, checkpoint_steps))) for steps in (found, found + 1)]
         assert costs[0] <= left < costs[1]
     now.seconds += 2000
-    assert pace.is_due() and pace.steps_left(4, None, None) == 1, "late, it still ends with a step at min_lr"
+    assert pace.is_due(None) and pace.steps_left(4, None, None) == 1, "late, it still ends with a step at min_lr"
 
 
 def test_the_plan_is_looked_at_when_half_of_the_rest_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_the_plan_is_looked_at_when_half_of_the_rest_has_passed(monkeypatch: pyt
     while now.seconds < 2000:
         now.seconds += 1
         pace.note_step(1.0)
-        if pace.is_due():
+        if pace.is_due(None):
             looks.append(now.seconds - 1000)
     assert looks[0] == budget.CALIBRATION_SHARE * 1000
     assert looks[1] == pytest.approx(looks[0] + (1000 - looks[0]) / 2, abs=1) and 8 <= len(looks) <= 14
@@ -166,6 +166,22 @@ def test_a_time_too_short_still_ends_and_at_min_lr(
     train.start(make_hparams(settings), tmp_path / "run", Progress(), 0.0)
     last = rows(tmp_path / "run")[-1]
     assert last["step"] == last["total_steps"] <= 6 and last["lr"] == 0.001 and "val_loss" in last
+
+
+def test_slow_first_steps_do_not_end_the_run_early(
+    monkeypatch: pytest.MonkeyPatch, machine: Machine, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """The first plan is far too short; it is looked at again before it is over."""
+    inner = session.train_step
+
+    def warming(training: Any, batches: Any) -> Any:
+        machine.step = 6.0 if training.step < 5 else 0.4
+        return inner(training, batches)
+
+    monkeypatch.setattr(session, "train_step", warming)
+    machine.evaluation = 2.0
+    train.start(make_hparams(settings), tmp_path / "run", Progress(), 0.0)
+    assert_ends_in_time(tmp_path / "run", machine)
 
 
 def test_a_machine_that_stalls_at_the_end_does_not_go_on_for_ever(
