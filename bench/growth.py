@@ -50,6 +50,8 @@ def seconds(training: Training, draw: torch.Generator) -> float:
     labels = torch.randint(4, training.tokenizer.vocab_size, ids.shape, generator=draw)
     began = time.perf_counter()
     train_step(training, [Batch(ids, labels, None)])
+    if training.device.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
