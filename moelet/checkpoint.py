@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from moelet.disk import NOT_OFFERED, sync_folder, write_synced
+from moelet.disk import NOT_OFFERED, file_sha256, sealed, sync_folder, write_synced
 from moelet.errors import TemporaryError, UserError
 from moelet.hparams import Hparams, read_hparams
 from moelet.modelling import GPT
@@ -76,11 +76,6 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _sealed(manifest: dict[str, Any]) -> bytes:
-    """Return the file of a manifest, its own SHA-256 included."""
-    return json.dumps({**manifest, "sha256": _sha256(json.dumps(manifest).encode())}, indent=1).encode()
-
-
 def save(run: Path, checkpoint: Checkpoint) -> None:
     """Write the checkpoint; either all of it is there afterwards, or none. Those of later steps are removed: a run
     comes to an earlier step again only where they didn't verify.
@@ -106,7 +101,7 @@ def save(run: Path, checkpoint: Checkpoint) -> None:
         temporary.mkdir(parents=True)
         for name, data in parts.items():
             write_synced(temporary / name, data)
-        write_synced(temporary / MANIFEST, _sealed(manifest))
+        write_synced(temporary / MANIFEST, sealed(manifest))
         sync_folder(temporary)
         if target.exists():  # the same step, passed over at the resume
             _remove(target)
@@ -136,11 +131,6 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def fault(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint folder, or None: every file there, of its size and SHA-256."""
     try:
@@ -149,7 +139,7 @@ def fault(folder: Path) -> str | None:
         if manifest["format"] != FORMAT:
             return f"{MANIFEST} is of format {manifest['format']}, this version reads {FORMAT}"
         digest = manifest.pop("sha256")
-        if _sealed(manifest) != raw:
+        if sealed(manifest) != raw:
             return f"{MANIFEST} doesn't have the SHA-256 that it says, {digest}"
         if folder.name != _folder(folder, manifest["step"]).name:
             return f"{MANIFEST} is that of step {manifest['step']}"
@@ -162,7 +152,7 @@ def fault(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, its manifest says {size}"
-        actual = _file_sha256(path)
+        actual = file_sha256(path)
         if actual != digest:
             return f"{name} has SHA-256 {actual}, its manifest says {digest}"
     return None

@@ -1,8 +1,11 @@
-"""Files that are whole or not there, whenever the power goes."""
+"""Files that are whole or not there, whenever the power goes, and how one tells that they are what was written."""
 
 import errno
+import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 # what mounted drives and network folders answer to locks and syncs that they don't have
 NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -44,3 +47,14 @@ def write_file(path: Path, data: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sealed(manifest: dict[str, Any]) -> bytes:
+    """Return the file of a manifest, its own SHA-256 included."""
+    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest}, indent=1).encode()
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -50,6 +50,8 @@ class Windows:
 def prepare(hparams: Hparams, folder: Path, tokens: int | None, progress: Progress) -> dict[str, Any]:
     """Encode the text of the settings into `folder`, or go on where an earlier call was cut; return its manifest.
 
+    A folder that is complete is verified instead.
+
     Enough for `tokens` training tokens; None: for the run of the settings, where its length is in steps or tokens, and
     at most one pass over the source. Raises UserError for settings that don't fit, TemporaryError when the source is
     away: what was encoded until then is kept.
@@ -63,7 +65,9 @@ def prepare(hparams: Hparams, folder: Path, tokens: int | None, progress: Progre
         )
     with lock(folder):
         hparams, manifest = _begin(hparams, folder, tokens, progress)
-        if not manifest["complete"]:
+        if manifest["complete"]:
+            shards.verify(folder)
+        else:
             _encode_all(hparams, Tokenizer.load(folder / TOKENIZER), folder, manifest, progress)
         ready = hparams.data.model_copy(update={"source": "prepared", "files": [str(folder.absolute())], "mix": None})
         tokenizer = hparams.tokenizer.model_copy(update={"file": None})  # the folder's own, wherever it is moved to

@@ -16,13 +16,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moelet.disk import sync, sync_folder, write_file
+from moelet.disk import file_sha256, sealed, sync, sync_folder, write_file
 from moelet.documents import Cursor, Items, Prepared, PreparedPiece, Skipped
 from moelet.errors import UserError
 from moelet.hparams import SourceSettings
@@ -34,12 +33,6 @@ PART, END, FIRST_REASON = 0, 1, 2  # kinds of items; from FIRST_REASON on, place
 SHARD_IDS = 2**26  # after which a shard is written: 128 MB of uint16
 
 
-def seal(manifest: dict[str, Any]) -> bytes:
-    """Return the file of a manifest, its own SHA-256 included."""
-    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-    return json.dumps({**manifest, "sha256": digest}, indent=1).encode()
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a prepared folder. Raises UserError when there is none, or none of ours."""
     advice = "Give the folder that `moelet prepare` wrote, or prepare the text again."
@@ -47,7 +40,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raw = (folder / MANIFEST).read_bytes()
         manifest: dict[str, Any] = json.loads(raw)
         manifest.pop("sha256")
-        if seal(manifest) != raw or manifest["format"] != FORMAT:
+        if sealed(manifest) != raw or manifest["format"] != FORMAT:
             raise ValueError("its content is not what was written")
     except OSError as error:
         raise UserError(
@@ -97,7 +90,7 @@ class ShardWriter:
         if self._kinds:
             self.manifest["shards"].append(self._write_shard(len(self.manifest["shards"])))
             self._clear()
-        write_file(self.folder / MANIFEST, seal(self.manifest))
+        write_file(self.folder / MANIFEST, sealed(self.manifest))
 
     def _write_shard(self, number: int) -> dict[str, Any]:
         dtype = np.uint16 if self.manifest["vocab_size"] <= 2**16 else np.uint32
@@ -122,16 +115,11 @@ class ShardWriter:
         sync_folder(temporary)
         os.rename(temporary, folder)
         lengths = {name: len(array) for name, array in arrays.items()}
-        return {"lengths": lengths, "sha256": {name: _sha256(folder / f"{name}.npy") for name in ARRAYS}}
+        return {"lengths": lengths, "sha256": {name: file_sha256(folder / f"{name}.npy") for name in ARRAYS}}
 
 
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05}"
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(folder: Path) -> None:
@@ -139,7 +127,7 @@ def verify(folder: Path) -> None:
     for number, shard in enumerate(read_manifest(folder)["shards"]):
         for name in ARRAYS:
             path = _shard(folder, number) / f"{name}.npy"
-            if not path.is_file() or _sha256(path) != shard["sha256"][name]:
+            if not path.is_file() or file_sha256(path) != shard["sha256"][name]:
                 raise UserError(f"{path} is missing or damaged. Training needs it whole. Prepare the text again.")
 
 
@@ -200,19 +188,12 @@ def folder_of(settings: SourceSettings) -> Path:
 def read_prepared(settings: SourceSettings, seed: int, epoch: int, cursor: Cursor | None) -> Items:
     """Yield the items in an order set by seed and epoch; a cursor is the place in it."""
     shards = Shards(folder_of(settings))
-    for k in _order(len(shards), seed, epoch, cursor["next"] if cursor else 0):
-        place, index = k
-        yield shards[index], {"next": place + 1}
-
-
-def _order(count: int, seed: int, epoch: int, start: int) -> Iterator[tuple[int, int]]:
-    if (seed, epoch) == (0, 0):
-        yield from ((k, k) for k in range(start, count))
-        return
-    order = np.random.default_rng([seed, epoch]).permutation(count)
-    yield from ((k, int(order[k])) for k in range(start, count))
+    count = len(shards)
+    order = range(count) if (seed, epoch) == (0, 0) else np.random.default_rng([seed, epoch]).permutation(count)
+    for k in range(cursor["next"] if cursor else 0, count):
+        yield shards[int(order[k])], {"next": k + 1}
 
 
 def fingerprint_prepared(settings: SourceSettings) -> str:
     """Return what changes with any of the arrays: their digests stand in the manifest."""
-    return hashlib.sha256(seal(read_manifest(folder_of(settings)))).hexdigest()
+    return hashlib.sha256(sealed(read_manifest(folder_of(settings)))).hexdigest()

@@ -21,7 +21,7 @@ from conftest import TinySettings
 
 from moelet import checkpoint
 from moelet.checkpoint import Checkpoint
-from moelet.disk import write_file
+from moelet.disk import file_sha256, write_file
 from moelet.errors import TemporaryError, UserError
 from moelet.hparams import make_hparams
 from moelet.step import Training, build, snapshot
@@ -153,7 +153,7 @@ def test_the_digest_expected_and_found_are_both_named(tmp_path: Path) -> None:
     flip(folder(run, 1) / "state.json", random.Random(0))
     wrong = checkpoint.fault(folder(run, 1))
     assert wrong is not None and expected in wrong
-    assert checkpoint._file_sha256(folder(run, 1) / "state.json") in wrong
+    assert file_sha256(folder(run, 1) / "state.json") in wrong
 
 
 def test_a_folder_under_another_steps_name_is_found(tmp_path: Path) -> None:

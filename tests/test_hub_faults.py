@@ -24,9 +24,10 @@ from moelet import hub
 from moelet.data import START, training_rows
 from moelet.documents import Cursor, Document
 from moelet.errors import TemporaryError, UserError
-from moelet.hparams import DataSettings
+from moelet.hparams import DataSettings, make_hparams
 from moelet.sources import SOURCES
 from moelet.tokenizer import Tokenizer
+from moelet.train import pinned, with_commits_of
 
 SAMPLE = "sample-100BT"
 COUNT = 4000  # rows of 32 tokens; a pass over the mix has about 3000
@@ -212,6 +213,20 @@ def test_a_run_stays_at_the_commit_it_began_with(server: HubServer, root: Path, 
         assert len(plain(read(settings()))) == 450
     finally:
         extra.unlink()
+
+
+def test_settings_without_a_revision_go_on_at_the_commit_of_the_run(server: HubServer, root: Path) -> None:
+    """What `FILE --resume DIR` reads again says nothing of a commit; the run does."""
+    given = make_hparams({"data": mixed(root), "train": {"train_steps": 1}})
+    began = pinned(given)
+    assert began.data.mix is not None and began.data.mix[0].revision
+    old = began.data.mix[0].model_copy(update={"revision": "0" * 40})
+    saved = began.model_copy(update={"data": began.data.model_copy(update={"mix": [old, began.data.mix[1]]})})
+    kept = with_commits_of(saved, given).data.mix
+    assert kept is not None and kept[0].revision == "0" * 40
+    other = given.data.parts[0].model_copy(update={"name": "fwe3"})
+    changed = given.model_copy(update={"data": given.data.model_copy(update={"mix": [other, given.data.parts[1]]})})
+    assert with_commits_of(saved, changed).data.parts[0].revision is None, "another configuration is another text"
 
 
 # training

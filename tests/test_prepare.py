@@ -217,6 +217,15 @@ def test_damage_is_seen(folder: Path, damage: str) -> None:
         shards.verify(folder)
 
 
+def test_preparing_again_verifies(hparams: Hparams, folder: Path) -> None:
+    array = folder / "shard-00000" / "ids.npy"
+    content = bytearray(array.read_bytes())
+    content[-1] ^= 1
+    array.write_bytes(content)
+    with pytest.raises(UserError, match=r"ids\.npy is missing or damaged"):
+        prepare.prepare(hparams, folder, 10**9, Progress())
+
+
 def test_the_command_says_how_to_train(
     hparams: Hparams, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,3 +144,25 @@ def test_the_examples_of_the_help_are_commands_that_exist(capsys: pytest.Capture
         assert options <= known, f"{command}: {options - known}"
         words = re.sub(r"'[^']*'|\"[^\"]*\"|--[a-z-]+ \S+", "", example[1]).split()
         assert "=" not in "".join(words), f"{command}: a setting without --set"
+
+
+def test_one_line_begins_a_run_and_goes_on_with_it(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["train", "hparams.json", "--resume", "run", "--set", "train.train_steps=4"]
+    assert main(line) == 0 and "resumed" not in capsys.readouterr().out
+    assert main([*line, "--set", "train.eval_steps=1"]) == 0
+    assert "resumed at step 4 of 4" in capsys.readouterr().out
+    assert json.loads((project / "run" / "hparams.json").read_text())["train"]["eval_steps"] == 1
+    for changed in ("optim.lr=0.02", "train.train_steps=5"):
+        assert main([*line, "--set", changed]) == 78
+        said = capsys.readouterr().err
+        name, _, value = changed.partition("=")
+        assert name in said and f"given is {value}" in said
+
+
+def test_a_time_budget_from_the_command_line(project: Path) -> None:
+    """It takes the place of the steps, also where the run began without it."""
+    assert main(["train", "--run", "run", "--time-budget", "1s", "--set", "train.batch_size=1"]) == 0
+    last = json.loads((project / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == last["total_steps"] and last["lr"] == 0.001
+    saved = json.loads((project / "run" / "hparams.json").read_text())["train"]
+    assert (saved["train_steps"], saved["time_budget"]) == (None, 1.0)
