@@ -1,0 +1,31 @@
+"""What a training step of the reference model holds at most, by rows a step: counted tensor by tensor, not run.
+
+Prints a Markdown table; the counting is that of tests/test_memory.py. From the repository's root:
+
+    PYTHONPATH=.:tests python bench/memory.py
+"""
+
+import torch
+from test_memory import GIB, peak_of_steps
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moelet import experts
+from moelet.hparams import ModelSettings
+from moelet.loss import linear_cross_entropy
+
+ROWS = (8, 16, 30, 64, 120, 240)  # of 512 tokens
+VOCABULARY = 32_000
+
+
+def main() -> None:
+    # fake tensors have no values to count, so every expert gets its fair share
+    experts.rows_per_expert = lambda ids_N, n_experts: [ids_N.shape[0] // n_experts] * n_experts
+    print("| rows of 512 a step | GiB, fp16 |\n|---|---|")
+    for rows in ROWS:
+        with FakeTensorMode():
+            peak = peak_of_steps(ModelSettings(), VOCABULARY, rows, torch.float16, linear_cross_entropy)
+        print(f"| {rows} | {peak / GIB:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
