@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moelet.dropout import dropout as drop
-from moelet.errors import pick
+from moelet.errors import UserError, pick
+from moelet.kernels.attention import CausalAttention, can_attend
+from moelet.kernels.native import Dropout, why_not
 
 
 def causal_mask(n_queries: int, n_keys: int, segments_BL: Tensor | None, device: torch.device) -> Tensor:
@@ -55,7 +57,40 @@ def sdpa(
     return F.scaled_dot_product_attention(q_BHSC, k_BHLC, v_BHLC, attn_mask=allowed, dropout_p=dropout)
 
 
-ATTENTION: dict[str, Callable[..., Tensor]] = {"explicit": explicit, "sdpa": sdpa}
+def blocked(
+    q_BHSC: Tensor, k_BHLC: Tensor, v_BHLC: Tensor, segments_BL: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """Our kernel for CPUs: blocks of 64 queries and only the keys up to them, with a backward pass of its own.
+
+    New queries on cached keys are left to `explicit`. Raises UserError where there is no kernel.
+    """
+    if q_BHSC.shape != k_BHLC.shape:
+        return explicit(q_BHSC, k_BHLC, v_BHLC, segments_BL, dropout)
+    if not can_attend(q_BHSC, k_BHLC, v_BHLC):
+        reason = why_not(q_BHSC.dtype) or f"the numbers are {q_BHSC.dtype} on {q_BHSC.device.type}"
+        raise UserError(
+            f'model.attention is "blocked" and {reason}. It needs a CPU with a C compiler, and float32 or bfloat16. '
+            'Set model.attention to "auto".'
+        )
+    return CausalAttention.apply(q_BHSC, k_BHLC, v_BHLC, segments_BL, Dropout.draw(dropout))
+
+
+def fastest(
+    q_BHSC: Tensor, k_BHLC: Tensor, v_BHLC: Tensor, segments_BL: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """What `auto` means: `blocked` where it can be had, else `sdpa` on CUDA and `explicit` on CPUs."""
+    if can_attend(q_BHSC, k_BHLC, v_BHLC):
+        return blocked(q_BHSC, k_BHLC, v_BHLC, segments_BL, dropout)
+    compute = sdpa if q_BHSC.device.type == "cuda" else explicit
+    return compute(q_BHSC, k_BHLC, v_BHLC, segments_BL, dropout)
+
+
+ATTENTION: dict[str, Callable[..., Tensor]] = {
+    "auto": fastest,
+    "explicit": explicit,
+    "sdpa": sdpa,
+    "blocked": blocked,
+}
 
 
 def causal_attention(
@@ -64,7 +99,7 @@ def causal_attention(
     v_BHLC: Tensor,
     segments_BL: Tensor | None = None,
     dropout: float = 0.0,
-    backend: str = "explicit",
+    backend: str = "auto",
 ) -> Tensor:
     """Return the attention output (B, H, S, C). `dropout` is a probability, 0 in evaluation.
 

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moelet.errors import pick
+from moelet.errors import UserError, pick
+from moelet.kernels.experts import RoutedFFN, can_compute
+from moelet.kernels.native import TILE_COLUMNS, why_not
 
 
 def _relu2(x: Tensor) -> Tensor:
@@ -51,6 +53,7 @@ def reference(
     Slow (E/K times the work) and free of any gather, so that nothing can be misplaced. Source: Shazeer et al. 2017,
     eq. 1.
     """
+    w_in_EFD, w_gate_EFD, w_out_EDF = _in_format(x_TD.dtype, w_in_EFD, w_gate_EFD, w_out_EDF)
     y_TD = torch.zeros_like(x_TD, dtype=weights_TK.dtype)
     for expert in range(w_in_EFD.shape[0]):
         up_TF = F.linear(x_TD, w_in_EFD[expert])
@@ -131,6 +134,7 @@ def grouped(
     The work of K experts a token and no more. Row n of the sorted order belongs to token `token_N[n]`; the K rows of
     token t stand at `slot_TK[t]`.
     """
+    w_in_EFD, w_gate_EFD, w_out_EDF = _in_format(x_TD.dtype, w_in_EFD, w_gate_EFD, w_out_EDF)
     n_experts, top_k = w_in_EFD.shape[0], ids_TK.shape[1]
     flat_N = ids_TK.flatten()
     order_N = torch.argsort(flat_N, stable=True)
@@ -147,7 +151,34 @@ def grouped(
     return y_TD
 
 
-BACKENDS: dict[str, Callable[..., Tensor]] = {"reference": reference, "grouped": grouped}
+def fused(
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    w_in_EFD: Tensor,
+    w_gate_EFD: Tensor | None,
+    w_out_EDF: Tensor,
+    activation: str,
+) -> Tensor:
+    """Our kernel for CPUs: gather, both products and the activation on a tile of rows while it is in the cache.
+
+    Raises UserError for what it can't compute.
+    """
+    if not can_compute(x_TD, w_in_EFD, activation):
+        reason = why_not(x_TD.dtype) or f"x is {x_TD.dtype} on {x_TD.device.type}, widths are {w_in_EFD.shape[1:]}"
+        raise UserError(
+            f'model.experts is "fused" and {reason}. It needs a CPU with a C compiler, float32 or bfloat16, and widths '
+            f'(d_model, d_ff / n_experts) that are multiples of {TILE_COLUMNS}. Set model.experts to "auto".'
+        )
+    y_TD: Tensor = RoutedFFN.apply(x_TD, ids_TK, weights_TK, w_in_EFD, w_gate_EFD, w_out_EDF, activation)
+    return y_TD
+
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {"reference": reference, "grouped": grouped, "fused": fused}
+
+
+def _in_format(dtype: torch.dtype, *matrices: Tensor | None) -> list[Any]:
+    return [None if matrix is None else matrix.to(dtype) for matrix in matrices]
 
 
 def routed_ffn(
@@ -160,16 +191,17 @@ def routed_ffn(
     activation: str,
     backend: str = "auto",
 ) -> Tensor:
-    """Return each token's weighted sum of its experts' outputs, (T, D), in the weights' dtype (float32 or float64).
+    """Return each token's weighted sum of its experts' outputs, (T, D), in the precision of products.
 
-    `ids_TK` are expert ids in [0, E), distinct within a token; `weights_TK` their weights. Matrices follow nn.Linear,
-    (out, in) per expert. Under autocast the products run in its dtype; the sum over K never does. `auto` is the
-    fastest backend for the device, today `grouped` everywhere. Raises UserError for an unknown backend or activation.
+    `ids_TK` are expert ids in [0, E), distinct within a token; `weights_TK` their weights, float32 or float64.
+    Matrices follow nn.Linear, (out, in) per expert. Under autocast the products run in its dtype; the sum over K is
+    made in the weights' and then rounded once. `auto` is the fastest backend for the device and sizes: `fused` where
+    there are kernels, else `grouped`. Raises UserError for an unknown backend or activation.
     """
-    compute = pick({**BACKENDS, "auto": grouped}, backend, "model.experts")
     device = x_TD.device.type
     if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x_TD, w_in_EFD, w_out_EDF = x_TD.to(dtype), w_in_EFD.to(dtype), w_out_EDF.to(dtype)
-        w_gate_EFD = None if w_gate_EFD is None else w_gate_EFD.to(dtype)
-    return compute(x_TD, ids_TK, weights_TK, w_in_EFD, w_gate_EFD, w_out_EDF, activation)
+        x_TD = x_TD.to(torch.get_autocast_dtype(device))
+    fastest = fused if can_compute(x_TD, w_in_EFD, activation) else grouped
+    compute = pick({**BACKENDS, "auto": fastest}, backend, "model.experts")
+    y_TD = compute(x_TD, ids_TK, weights_TK, w_in_EFD, w_gate_EFD, w_out_EDF, activation)
+    return y_TD.to(x_TD.dtype)

@@ -43,7 +43,7 @@ class ModelSettings(Section):
     activation: str = Field("silu", description="silu, gelu, relu2 or swiglu (gated)")
     dropout: float = Field(0.1, ge=0, lt=1, description="on embeddings, attention weights and branch outputs")
     tie_embeddings: bool = Field(True, description="one embedding and projection for input and output")
-    attention: str = Field("explicit", description="a name in attention.ATTENTION")
+    attention: str = Field("auto", description="a name in attention.ATTENTION, or auto")
     experts: str = Field("auto", description="a name in experts.BACKENDS, or auto")
 
     @model_validator(mode="after")

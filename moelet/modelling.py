@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelet.attention import causal_attention
-from moelet.dropout import dropout
 from moelet.errors import UserError
 from moelet.experts import GATED
 from moelet.hparams import ModelSettings
 from moelet.moe import FeedForward, MoE, RouterStats
+from moelet.norm import add_norm
 
 INIT_STD = 0.02  # GPT-2's
 NORM_EPS = 1e-6  # as in the Hugging Face models we export to
@@ -129,7 +129,11 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
+    """Pre-norm attention and feed-forward, each added to the residual stream.
+
+    A branch is added where the next norm is computed, one pass over both: so a layer takes the branch before it and
+    returns its last.
+    """
 
     def __init__(self, settings: ModelSettings, layer: int) -> None:
         super().__init__()
@@ -140,13 +144,20 @@ class DecoderLayer(nn.Module):
         self.dropout = settings.dropout
 
     def forward(
-        self, x_BSD: Tensor, real_T: Tensor | None, segments_BL: Tensor | None, cache: KVCache | None
-    ) -> tuple[Tensor, RouterStats | None]:
+        self,
+        residual_BSD: Tensor | None,
+        branch_BSD: Tensor,
+        real_T: Tensor | None,
+        segments_BL: Tensor | None,
+        cache: KVCache | None,
+    ) -> tuple[Tensor, Tensor, RouterStats | None]:
+        """Return the residual stream without the feed-forward branch, that branch, and the router's statistics."""
         rate = self.dropout if self.training else 0.0
-        x_BSD = x_BSD + dropout(self.self_attn(self.input_layernorm(x_BSD), segments_BL, cache), rate)
-        normed_TD = self.post_attention_layernorm(x_BSD).flatten(0, 1)
-        y_TD, stats = self.mlp(normed_TD, real_T)
-        return x_BSD + dropout(y_TD.view_as(x_BSD), rate), stats
+        x_BSD, normed_BSD = add_norm(residual_BSD, branch_BSD, self.input_layernorm.weight, NORM_EPS, rate)
+        attended_BSD = self.self_attn(normed_BSD, segments_BL, cache)
+        x_BSD, normed_BSD = add_norm(x_BSD, attended_BSD, self.post_attention_layernorm.weight, NORM_EPS, rate)
+        y_TD, stats = self.mlp(normed_BSD.flatten(0, 1), real_T)
+        return x_BSD, y_TD.view_as(x_BSD), stats
 
 
 class GPT(nn.Module):
@@ -196,14 +207,14 @@ class GPT(nn.Module):
             positions_BS = torch.arange(start, start + n_new, device=device).expand(batch, n_new)
         else:
             positions_BS = positions_within(segments_BL)[:, start:]
-        x_BSD = dropout(self.embed(ids_BS, positions_BS), self.settings.dropout if self.training else 0.0)
-        router = []
+        x_BSD, branch_BSD, router = None, self.embed(ids_BS, positions_BS), []
         for layer in self.layers:
-            x_BSD, stats = layer(x_BSD, real_T, segments_BL, cache)
+            x_BSD, branch_BSD, stats = layer(x_BSD, branch_BSD, real_T, segments_BL, cache)
             router += [] if stats is None else [stats]
         if cache is not None:
             cache.length += n_new
-        return Output(self.norm(x_BSD), router)
+        rate = self.settings.dropout if self.training else 0.0
+        return Output(add_norm(x_BSD, branch_BSD, self.norm.weight, NORM_EPS, rate)[1], router)
 
     def features(self, hidden_BSD: Tensor) -> Tensor:
         """Return what the output table is multiplied with: (B, S, R)."""

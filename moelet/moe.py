@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moelet.errors import pick
 from moelet.experts import GATED, hidden_activation, routed_ffn
 from moelet.hparams import ModelSettings
+from moelet.kernels.router import Route, can_route
 
 
 class RouterStats(NamedTuple):
@@ -62,6 +63,11 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor, real_T: Tensor | None) -> tuple[Tensor, Tensor, RouterStats]:
         """Return expert ids (T, K), their weights (T, K) and the statistics of the tokens that aren't padding."""
+        if self.route is softmax_route and can_route(x_TD, self.weight):
+            chosen = Route.apply(x_TD, self.weight, real_T, self.top_k, self.normalize)
+            ids_TK, weights_TK, probability_E, choices_E = chosen
+            tokens = choices_E.sum() / self.top_k
+            return ids_TK, weights_TK, RouterStats(probability_E, choices_E, tokens)
         with torch.autocast(x_TD.device.type, enabled=False):
             wide = torch.promote_types(x_TD.dtype, torch.float32)
             logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))

@@ -24,13 +24,14 @@ COMBINATIONS = list(product(ATTENTION, BACKENDS))
 def lively(**changes: object) -> GPT:
     """Return a small model in eval mode whose branches, positions and logits are all of size 1."""
     torch.manual_seed(0)
-    shape = {"d_model": 24, "d_embed": 8, "n_layers": 2, "n_heads": 3, "d_ff": 40, "n_experts": 5, "dropout": 0.0}
+    shape = {"d_model": 96, "d_embed": 8, "n_layers": 2, "n_heads": 3, "d_ff": 160, "n_experts": 5, "dropout": 0.0}
     model = GPT(ModelSettings(**{**shape, "max_length": LENGTH, **changes}), VOCAB).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             table = name in ("embed.tokens.weight", "embed.positions.weight")
             if parameter.ndim > 1:
                 parameter.normal_(0.0, 1.0 if table else parameter.shape[-1] ** -0.5)
+        model.embed.proj.weight.normal_(0.0, model.settings.d_model**-0.5)
     return model
 
 

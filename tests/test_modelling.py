@@ -22,7 +22,7 @@ from moelet.loss import linear_cross_entropy
 from moelet.modelling import GPT, KVCache
 
 VOCAB, CONTEXT = 29, 12
-SMALL = {"max_length": CONTEXT, "d_model": 24, "d_embed": 8, "n_layers": 2, "n_heads": 3, "d_ff": 40, "n_experts": 5}
+SMALL = {"max_length": CONTEXT, "d_model": 96, "d_embed": 8, "n_layers": 2, "n_heads": 3, "d_ff": 160, "n_experts": 5}
 COMBINATIONS = list(product(ATTENTION, BACKENDS))
 
 
@@ -35,6 +35,8 @@ def lively(seed: int = 0, **changes: object) -> GPT:
             if parameter.ndim > 1:
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
         model.embed.tokens.weight.normal_()
+        if model.embed.proj is not None:
+            model.embed.proj.weight.normal_(0.0, model.settings.d_model**-0.5)
     return model
 
 
@@ -66,23 +68,23 @@ def test_every_parameter_and_its_shape() -> None:
     settings = ModelSettings(**{**SMALL, "n_layers": 1, "activation": "swiglu"})
     shapes = {name: tuple(value.shape) for name, value in GPT(settings, VOCAB).state_dict().items()}
     layer = {
-        "input_layernorm.weight": (24,),
-        "self_attn.q_proj.weight": (24, 24),
-        "self_attn.k_proj.weight": (24, 24),
-        "self_attn.v_proj.weight": (24, 24),
-        "self_attn.o_proj.weight": (24, 24),
-        "post_attention_layernorm.weight": (24,),
-        "mlp.gate.weight": (5, 24),
-        "mlp.experts.up_proj": (5, 8, 24),
-        "mlp.experts.gate_proj": (5, 8, 24),
-        "mlp.experts.down_proj": (5, 24, 8),
+        "input_layernorm.weight": (96,),
+        "self_attn.q_proj.weight": (96, 96),
+        "self_attn.k_proj.weight": (96, 96),
+        "self_attn.v_proj.weight": (96, 96),
+        "self_attn.o_proj.weight": (96, 96),
+        "post_attention_layernorm.weight": (96,),
+        "mlp.gate.weight": (5, 96),
+        "mlp.experts.up_proj": (5, 32, 96),
+        "mlp.experts.gate_proj": (5, 32, 96),
+        "mlp.experts.down_proj": (5, 96, 32),
     }
     assert shapes == {
         "embed.tokens.weight": (VOCAB, 8),
-        "embed.positions.weight": (CONTEXT, 24),
-        "embed.proj.weight": (24, 8),
+        "embed.positions.weight": (CONTEXT, 96),
+        "embed.proj.weight": (96, 8),
         **{f"layers.0.{name}": shape for name, shape in layer.items()},
-        "norm.weight": (24,),
+        "norm.weight": (96,),
     }
 
 
@@ -91,19 +93,19 @@ def test_one_expert_is_a_dense_layer_without_a_router() -> None:
     names = set(model.state_dict())
     assert {"layers.0.mlp.up_proj.weight", "layers.0.mlp.down_proj.weight"} <= names
     assert not any("gate" in name or "experts" in name for name in names)
-    assert model.layers[0].mlp.up_proj.weight.shape == (40, 24)
+    assert model.layers[0].mlp.up_proj.weight.shape == (160, 96)
     assert model(random_ids(2, 5)).router == []
 
 
 def test_without_projection_the_table_has_the_models_width() -> None:
     model = lively(d_embed=None)
-    assert "embed.proj.weight" not in model.state_dict() and model.table.shape == (VOCAB, 24)
+    assert "embed.proj.weight" not in model.state_dict() and model.table.shape == (VOCAB, 96)
     assert logits(model, random_ids(2, 5)).shape == (2, 5, VOCAB)
 
 
 def test_embed_scale_is_for_the_input_alone() -> None:
     plain, scaled = lively(embed_scale=1.0), lively(embed_scale=3.0)
-    ids, hidden = random_ids(2, 5), torch.randn(2, 5, 24)
+    ids, hidden = random_ids(2, 5), torch.randn(2, 5, 96)
     positions = torch.arange(5).expand(2, 5)
     difference = scaled.embed(ids, positions) - plain.embed(ids, positions)
     torch.testing.assert_close(difference, 2 * plain.embed.proj(plain.embed.tokens(ids)))
@@ -148,7 +150,7 @@ def test_tied_at_birth_after_moving_and_after_loading(tmp_path: Path) -> None:
 def test_a_step_on_the_table_moves_both_ends() -> None:
     model = lively()
     ids = random_ids(2, 8)
-    ends = (lambda: model.embed(ids, torch.arange(8)[None]), lambda: model.logits(torch.ones(1, 1, 24)))
+    ends = (lambda: model.embed(ids, torch.arange(8)[None]), lambda: model.logits(torch.ones(1, 1, 96)))
     before = [end().detach() for end in ends]
     F.cross_entropy(model.logits(model(ids).hidden).flatten(0, 1), ids.flatten()).backward()
     unused = sorted(set(range(VOCAB)) - set(ids.flatten().tolist()))
@@ -159,7 +161,7 @@ def test_a_step_on_the_table_moves_both_ends() -> None:
 
 def test_the_projection_is_shared_by_both_ends() -> None:
     model = lively()
-    hidden = torch.randn(2, 3, 24)
+    hidden = torch.randn(2, 3, 96)
     want = hidden.double() @ model.embed.proj.weight.double() @ model.embed.tokens.weight.double().T
     torch.testing.assert_close(model.logits(hidden).double(), want, rtol=1e-5, atol=1e-5)
 
@@ -353,14 +355,16 @@ def test_autocast_keeps_router_residual_and_logits_wide() -> None:
     model = lively()
     with torch.autocast("cpu", torch.bfloat16):
         output = model(random_ids(2, 8))
-        assert output.hidden.dtype == torch.float32 and model.logits(output.hidden).dtype == torch.float32
+        assert output.hidden.dtype == torch.bfloat16 and model.logits(output.hidden).dtype == torch.float32
+        residual, branch, _ = model.layers[0](None, torch.randn(2, 8, 96), None, None, None)
+        assert residual.dtype == torch.float32 and branch.dtype == torch.bfloat16
     assert all(value.dtype == torch.float32 for stats in output.router for value in stats)
 
 
 @pytest.mark.parametrize("shape", [{}, {"activation": "swiglu", "top_k": 3}, {"n_experts": 1, "top_k": 1}], ids=str)
 def test_flops_equal_the_counted_ones(shape: dict[str, object]) -> None:
     """Exact: the explicit attention computes the whole square, of which the formula counts the causal half."""
-    model = lively(**{**shape, "attention": "explicit", "experts": "grouped"})
+    model = lively(**{**shape, "attention": "explicit", "experts": "grouped"}).double()  # in torch's own operations
     ids = random_ids(3, CONTEXT)
     with FlopCounterMode(display=False) as counter:
         features = model.features(model(ids).hidden).flatten(0, 1)
