@@ -23,8 +23,8 @@ from moelet.peers import (
     AnyIds,
     Workload,
     choose,
+    choose_decoders,
     decode_precisions,
-    decoders,
     precisions,
     zipf_batches,
 )
@@ -102,7 +102,7 @@ def bench(
         except UserError as error:
             failed[name] = str(error)
     our_precision = precisions("moelet", workload)[0]
-    decoding = {name: (decode_precisions(workload), ("kept",)) for name in decoders() if name != "moelet"}
+    decoding = {name: (decode_precisions(workload), ("kept",)) for name in choose_decoders(variants)}
     try:
         progress.say("the machine: matrix products and memory")
         found = alone(limits, hparams.model, workload.vocab_size, hparams.train.batch_size, dtype, device)

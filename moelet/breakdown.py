@@ -5,6 +5,7 @@ autograd sequence number does. So a custom autograd.Function counts as well, als
 operations of its own. The step's own parts are found by their order: before the model, behind it, after backward.
 """
 
+import os
 import re
 import statistics
 import time
@@ -129,10 +130,23 @@ def data_seconds(hparams: Hparams) -> float:
     tokenizer = Tokenizer.train(training_texts(data, 0), DATA_VOCABULARY, sample_bytes=DATA_SAMPLE)
     made = training_batches(data, tokenizer, hparams.model.max_length, hparams.train.batch_size, 0, START)
     began, used, count = time.perf_counter(), time.process_time(), 0
-    while time.perf_counter() - began < DATA_SECONDS:
+    while count == 0 or time.perf_counter() - began < DATA_SECONDS:
         next(made)
         count += 1
     return (time.process_time() - used) / count
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the lines from the terminal that the profiler's C++ side writes whenever it starts and stops."""
+    stderr = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def timed(training: Training, batch: Batch) -> float:
@@ -157,7 +171,7 @@ def breakdown(training: Training, batches: Iterator[Batch]) -> dict[str, Any]:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_device else [])]
     parts, wall = dict.fromkeys(PARTS, 0.0), 0.0
     for _ in range(STEPS):
-        with marked(training.model), profile(activities=activities) as profiler:
+        with marked(training.model), _silence(), profile(activities=activities) as profiler:
             wall += timed(training, next(batches)) * 1e3 / STEPS
         for part, taken in attribute(profiler.events(), on_device).items():
             parts[part] += taken / 1e3 / STEPS

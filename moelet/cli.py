@@ -227,7 +227,7 @@ def bench(
         Path | None,
         typer.Argument(metavar="[FILE]", help="The settings; default: the reference shape."),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Steps of each side, in turn with ours; the median counts.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Steps of each side, in turn with ours; the median counts.")] = 3,
     variants: Annotated[
         str | None, typer.Option(metavar="A,B,C", help="Whom to compare with, or `all`; default: a quick selection.")
     ] = None,

@@ -205,7 +205,9 @@ def hf(workload: Workload, precision: str, family: str, implementation: str) -> 
 
 
 HF_FAMILIES = ("mixtral", "qwen3moe")
-QUICK_HF = ("hf-mixtral-eager", "hf-mixtral-grouped_mm")
+# a few minutes on 2 cores: each peer's steps take longer than ours
+QUICK = ("naive-bf16", "dense-active", "nanogpt-style", "hf-mixtral-eager")
+QUICK_DECODE = ("hf-mixtral-eager", "hf-mixtral-batched_mm")
 
 
 def hf_implementations() -> list[str]:
@@ -248,8 +250,7 @@ def choose(names: str | None) -> tuple[list[str], list[str]]:
     if names == "all":
         return known, missing
     if names is None:
-        quick = ("naive-fp32", "naive-bf16", "dense-active", "nanogpt-style", *QUICK_HF)
-        return [name for name in known if name in quick], missing
+        return [name for name in known if name in QUICK], missing
     wanted = [name.strip() for name in names.split(",")]
     for name in wanted:
         if name.startswith("hf-") and missing:
@@ -317,6 +318,14 @@ def decode_hf(workload: Workload, precision: str, implementation: str) -> Side:
         return out.shape[1] - ids.shape[1]
 
     return Side(work)
+
+
+def choose_decoders(names: str | None) -> list[str]:
+    """Return whose decoding is compared with ours, given a checked list of variants; None means a quick selection."""
+    known = [name for name in decoders() if name != "moelet"]
+    if names == "all":
+        return known
+    return [name for name in known if name in (QUICK_DECODE if names is None else names.replace(" ", "").split(","))]
 
 
 def decoders() -> dict[str, Maker]:

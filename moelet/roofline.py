@@ -4,7 +4,6 @@ The products are measured one by one, at the shapes of the settings, with inputs
 time that no step made of them can beat. Nothing of our own code runs here.
 """
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from moelet.hparams import ModelSettings
 from moelet.metrics import matrix_rate
 from moelet.precision import DTYPES
 
-PRODUCT_SECONDS, MIN_REPEATS = 0.05, 3
+PRODUCT_SECONDS, MIN_REPEATS = 0.1, 3
 ATTENTION_BLOCKS = 4  # query blocks of a sequence: fewer make wide products and compute more of the masked half
 HEAD_ROWS = (256, 1024, 4096)  # chunks of the vocabulary head: the fastest counts
 MEMORY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # several times the caches
@@ -70,8 +69,8 @@ def step_products(settings: ModelSettings, vocab_size: int, batch_size: int) -> 
     return found
 
 
-def median_seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Return the median time of `work`, repeated for PRODUCT_SECONDS after one run to warm up."""
+def least_seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """Return the shortest time of `work` in PRODUCT_SECONDS after one run to warm up: a bound, not what is usual."""
     work()
     taken: list[float] = []
     while sum(taken) < PRODUCT_SECONDS or len(taken) < MIN_REPEATS:
@@ -80,7 +79,7 @@ def median_seconds(work: Callable[[], Any], device: torch.device) -> float:
         work()
         _finish(device)
         taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+    return min(taken)
 
 
 def _finish(device: torch.device) -> None:
@@ -99,9 +98,9 @@ def product_seconds(product: Product, dtype: torch.dtype, device: torch.device) 
     x, weight, y = tensor(product.m, product.k), tensor(product.n, product.k), tensor(product.m, product.n)
     dx, dw = torch.empty_like(x), torch.empty_like(weight)
     return {
-        "forward": median_seconds(lambda: multiply(x, weight.mT, out=y), device),
-        "dx": median_seconds(lambda: multiply(y, weight, out=dx), device),
-        "dw": median_seconds(lambda: multiply(y.mT, x, out=dw), device),
+        "forward": least_seconds(lambda: multiply(x, weight.mT, out=y), device),
+        "dx": least_seconds(lambda: multiply(y, weight, out=dx), device),
+        "dw": least_seconds(lambda: multiply(y.mT, x, out=dw), device),
     }
 
 
@@ -126,8 +125,8 @@ def memory_rates(device: torch.device) -> dict[str, float]:
     n_bytes = MEMORY_BYTES[device.type]
     source = torch.ones(n_bytes // 4, device=device)
     target = torch.empty_like(source)
-    read = median_seconds(source.sum, device)
-    copy = median_seconds(lambda: target.copy_(source), device)
+    read = least_seconds(source.sum, device)
+    copy = least_seconds(lambda: target.copy_(source), device)
     return {"read": n_bytes / read / 1e9, "copy": 2 * n_bytes / copy / 1e9}
 
 
