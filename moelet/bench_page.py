@@ -130,8 +130,7 @@ def page(result: Result) -> str:
 
 
 def write(result: Result, folder: Path) -> list[Path]:
-    """Write the page and the picture, named after the kind of device; return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the page and the picture into `folder`, named after the kind of device; return their paths."""
     text, picture = (folder / f"{result['machine']['device']}.{kind}" for kind in ("md", "png"))
     text.write_text(page(result), encoding="utf-8")
     draw(result, picture)

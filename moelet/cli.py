@@ -244,6 +244,8 @@ def bench(
     from moelet.console import Progress
 
     _check_writable(json_file)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     workload = benchmark.workload_of(file, batch_size)
     with Progress() as progress:
         result = benchmark.bench(workload, variants, peers_allocator, rounds, progress)

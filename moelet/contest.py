@@ -7,6 +7,7 @@ of threads. What the sides are is `moelet.peers`'.
 
 import multiprocessing
 import resource
+import signal
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,12 +23,12 @@ import torch
 from moelet.allocator import keep_freed_memory
 from moelet.console import Progress
 from moelet.metrics import peak_memory_mb
-from moelet.peers import Side, Workload, decoders, makers
+from moelet.peers import Maker, Side, Workload, decoder, trainer
 from moelet.precision import choose_device
 
 MEMORY_SHARE = 0.5  # of the free memory that one side may take: it fails alone, instead of everybody being killed
 LONGEST_REASON = 160  # characters
-MAKERS = {"train": makers, "decode": decoders}
+MAKERS: dict[str, Callable[[str], Maker]] = {"train": trainer, "decode": decoder}
 CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -66,17 +67,20 @@ def _timed(side: Side, device: torch.device) -> tuple[float, int]:
 
 def serve(pipe: Connection, job: Job) -> None:
     """Make the side and have it work once, and again whenever the parent asks; at its last word, say the peak."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
     if job.allocator == "kept":
         keep_freed_memory()
     device = choose_device(job.workload.hparams.train.device)
     limit_memory(device)
     try:
-        side = MAKERS[job.kind]()[job.variant](job.workload, job.precision)
+        side = MAKERS[job.kind](job.variant)(job.workload, job.precision)
         _timed(side, device)
         pipe.send(side.flops_per_token)
         while pipe.recv():
             pipe.send(_timed(side, device))
         pipe.send(peak_memory_mb(device))
+    except EOFError:  # the parent is gone
+        return
     except Exception as error:  # whatever ails a side is a result to report
         pipe.send(SideFailed(_reason(error)))
 
@@ -156,7 +160,7 @@ def try_precisions(kind: str, variant: str, formats: Sequence[str], workload: Wo
 
     def second(precision: str) -> float | str:
         try:
-            side = MAKERS[kind]()[variant](workload, precision)
+            side = MAKERS[kind](variant)(workload, precision)
             _timed(side, device)
             return _timed(side, device)[0]
         except Exception as error:  # whatever ails a side is a result to report

@@ -181,18 +181,16 @@ def hf_model(workload: Workload, family: str, implementation: str) -> nn.Module:
         "output_router_logits": balance.loss is not None,
         "router_aux_loss_coef": balance.alpha,
         "experts_implementation": implementation,
+        "bos_token_id": Tokenizer.bos_id,
+        "eos_token_id": Tokenizer.eos_id,
+        "pad_token_id": Tokenizer.pad_id,
     }
-    special = {"bos_token_id": Tokenizer.bos_id, "eos_token_id": Tokenizer.eos_id, "pad_token_id": Tokenizer.pad_id}
     if family == "mixtral":
-        config = transformers.MixtralConfig(
-            num_local_experts=s.n_experts, intermediate_size=s.expert_width, **options, **special
-        )
-        return transformers.MixtralForCausalLM(config)
-    config = transformers.Qwen3MoeConfig(
-        num_experts=s.n_experts, moe_intermediate_size=s.expert_width, norm_topk_prob=s.normalize_top_k, **options,
-        **special,
-    )  # fmt: skip
-    return transformers.Qwen3MoeForCausalLM(config)
+        shape = {"num_local_experts": s.n_experts, "intermediate_size": s.expert_width}
+        return transformers.MixtralForCausalLM(transformers.MixtralConfig(**options, **shape))
+    assert family == "qwen3moe", family
+    shape = {"num_experts": s.n_experts, "moe_intermediate_size": s.expert_width, "norm_topk_prob": s.normalize_top_k}
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**options, **shape))
 
 
 def hf(workload: Workload, precision: str, family: str, implementation: str) -> Side:
@@ -228,14 +226,23 @@ OWN: dict[str, Maker] = {
 PLAIN: dict[str, Maker] = {"naive-fp32": naive, "naive-bf16": naive, "nanogpt-style": nanogpt}
 
 
-def makers() -> dict[str, Maker]:
-    """Return every variant there is on this machine and how it is made."""
-    peers = {
-        f"hf-{family}-{implementation}": partial(hf, family=family, implementation=implementation)
-        for family in HF_FAMILIES
-        for implementation in hf_implementations()
-    }
-    return {**OWN, **PLAIN, **peers}
+def hf_variants(*families: str) -> list[str]:
+    return [f"hf-{family}-{implementation}" for family in families for implementation in hf_implementations()]
+
+
+def trainer(variant: str) -> Maker:
+    """Return how a variant gets ready to train. Only transformers' own variants import it."""
+    if variant in OWN or variant in PLAIN:
+        return {**OWN, **PLAIN}[variant]
+    family, implementation = variant.removeprefix("hf-").split("-", 1)
+    return partial(hf, family=family, implementation=implementation)
+
+
+def decoder(variant: str) -> Maker:
+    """Return how a variant, ours or one of Mixtral's, gets ready to decode."""
+    if variant == "moelet":
+        return decode_ours
+    return partial(decode_hf, implementation=variant.removeprefix("hf-mixtral-"))
 
 
 def choose(names: str | None) -> tuple[list[str], list[str]]:
@@ -243,7 +250,7 @@ def choose(names: str | None) -> tuple[list[str], list[str]]:
 
     None means a quick selection, "all" everything. Raises UserError for an unknown name.
     """
-    known = [name for name in makers() if name != "moelet"]  # which is in every comparison
+    known = [name for name in (*OWN, *PLAIN, *hf_variants(*HF_FAMILIES)) if name != "moelet"]  # it is in all of them
     missing = (
         ["hf-*: transformers isn't installed (pip install moelet[bench])"] if find_spec("transformers") is None else []
     )
@@ -276,7 +283,8 @@ def precisions(variant: str, workload: Workload) -> list[str]:
     best = NAMES[choose_dtype("auto", device)]
     if not variant.startswith("hf-"):
         return [best]
-    return list(dict.fromkeys(["fp32", best, *([best + WEIGHTS] if best == "bf16" else [])]))
+    weights = [best + WEIGHTS] if device.type == "cuda" and best == "bf16" else []  # on a CPU as fast as autocast
+    return list(dict.fromkeys(["fp32", best, *weights]))
 
 
 def decode_precisions(workload: Workload) -> list[str]:
@@ -322,13 +330,7 @@ def decode_hf(workload: Workload, precision: str, implementation: str) -> Side:
 
 def choose_decoders(names: str | None) -> list[str]:
     """Return whose decoding is compared with ours, given a checked list of variants; None means a quick selection."""
-    known = [name for name in decoders() if name != "moelet"]
+    known = hf_variants("mixtral")
     if names == "all":
         return known
     return [name for name in known if name in (QUICK_DECODE if names is None else names.replace(" ", "").split(","))]
-
-
-def decoders() -> dict[str, Maker]:
-    """Return whose decoding is compared."""
-    peers = {f"hf-mixtral-{name}": partial(decode_hf, implementation=name) for name in hf_implementations()}
-    return {"moelet": decode_ours, **peers}

@@ -181,7 +181,7 @@ def test_every_side_learns(variant: str) -> None:
     """Each work() is one optimizer step that moves every weight."""
     optimizers: list[torch.optim.Optimizer] = []
     handle = register_optimizer_step_post_hook(lambda optimizer, *_: optimizers.append(optimizer))
-    side = peers.makers()[variant](workload(dropout=0.0), "fp32")
+    side = peers.trainer(variant)(workload(dropout=0.0), "fp32")
     try:
         assert side.work() == 4 * 32
         (optimizer,) = optimizers
@@ -219,13 +219,13 @@ def test_hf_models_have_our_shape() -> None:
         assert model.config.attention_dropout == 0.1 and model.config.tie_word_embeddings
 
 
-def test_a_side_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In processes of their own: one raises, one dies; ours goes on, and each reason is in the result."""
-    given, asked = workload(), {"dense-active": (["fp16-wrong"], ["kept"]), "no-such-side": (["fp32"], ["kept"])}
+def test_a_side_that_fails_is_told() -> None:
+    """Each in a process of its own: ours goes on, and every reason is in the result."""
+    given, asked = workload(), {"dense-active": (["fp16-wrong"], ["kept"]), "hf-mixtal-eager": (["fp32"], ["kept"])}
     found = contest.run_contest(contest.Contest("train", "fp32", asked, 1), given, {"fp32": 1.0}, Progress())
     assert [row["variant"] for row in found["rows"]] == ["moelet"]
     assert "fp16-wrong" in found["failed"]["dense-active"]
-    assert found["failed"]["no-such-side"].startswith("KeyError")
+    assert found["failed"]["hf-mixtal-eager"].startswith(("AssertionError", "ModuleNotFoundError"))
     row = found["rows"][0]
     assert row["mfu"] == pytest.approx(row["flops_per_token"] * row["tokens_per_second"] / 1e9)
     assert row["tokens_per_second"] == pytest.approx(128 / row["seconds"][0])
