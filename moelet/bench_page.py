@@ -64,7 +64,8 @@ def training_table(result: Result) -> list[str]:
         for name, formats in result["precisions"].items()
         if name not in result["failed"]
     ]
-    return [*_table(head, rows), "", *result["remarks"], "", *failed, *left_out, *tried]
+    remarks = [f"- {remark}" for remark in result["remarks"]]
+    return [*_table(head, rows), "", *remarks, *failed, *left_out, *tried]
 
 
 def limits_table(result: Result) -> list[str]:
@@ -108,25 +109,25 @@ def decode_table(result: Result) -> list[str]:
     ]
     failed = [f"- {name} doesn't run: {reason}" for name, reason in decode["failed"].items()]
     reached = decode["rows"][0]["tokens_per_second"] / bound
-    sentence = f"Reading the active weights once a token: {bound:,.0f} tokens/s. moelet reaches {reached:.0%} of it."
+    sentence = (
+        f"Reading the active weights once a token, in {result['peaks']['precision']}: {bound:,.0f} tokens/s. "
+        f"moelet reaches {reached:.0%} of it."
+    )
     head = ["variant", "precision", "tokens/s", "moelet is x times as fast"]
-    return [*_table(head, rows), "", *failed, "", sentence]
+    return [*_table(head, rows), "", sentence, "", *failed]
 
 
 def page(result: Result) -> str:
     """Return everything as Markdown."""
-    parts = [
-        f"# moelet bench\n\n{title(result)}.\n\n{machine_line(result)}",
-        f"## Training\n\nMedians of {result['rounds']} rounds, each our step and then the other side's.\n",
-        *training_table(result),
-        "\n## The bound\n",
-        *limits_table(result),
-        "\n## Where our step's time goes\n",
-        *breakdown_table(result),
-        "\n## Decoding, batch 1\n",
-        *decode_table(result),
-    ]
-    return "\n".join(parts).replace("\n\n\n", "\n\n") + "\n"
+    rounds = f"Medians of {result['rounds']} rounds, each our step and then the other side's."
+    sections = {
+        "# moelet bench": [f"{title(result)}.", "", machine_line(result)],
+        "## Training": [rounds, "", *training_table(result)],
+        "## The bound": limits_table(result),
+        "## Where our step's time goes": breakdown_table(result),
+        "## Decoding, batch 1": decode_table(result),
+    }
+    return "\n\n".join("\n".join([heading, "", *lines]).rstrip() for heading, lines in sections.items()) + "\n"
 
 
 def write(result: Result, folder: Path) -> list[Path]:

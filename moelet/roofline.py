@@ -149,6 +149,7 @@ def limits(
     memory = memory_rates(device)
     token_bytes = active_weights(settings, vocab_size) * dtype.itemsize
     return {
+        "precision": next(name for name, d in DTYPES.items() if d == dtype),
         "matrix_gflops": {
             name: matrix_rate(device, d) / 1e9 for name, d in DTYPES.items() if d in (torch.float32, dtype)
         },
