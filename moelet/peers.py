@@ -283,8 +283,7 @@ def precisions(variant: str, workload: Workload) -> list[str]:
     best = NAMES[choose_dtype("auto", device)]
     if not variant.startswith("hf-"):
         return [best]
-    weights = [best + WEIGHTS] if device.type == "cuda" and best == "bf16" else []  # on a CPU as fast as autocast
-    return list(dict.fromkeys(["fp32", best, *weights]))
+    return list(dict.fromkeys(["fp32", best, *([best + WEIGHTS] if best == "bf16" else [])]))
 
 
 def decode_precisions(workload: Workload) -> list[str]:
