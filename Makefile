@@ -1,4 +1,4 @@
-.PHONY: check test mutants nightly
+.PHONY: check test mutants nightly bench
 
 check:
 	ruff check . && ruff format --check . && mypy
@@ -11,3 +11,6 @@ mutants:
 
 nightly:
 	python -m pytest -m nightly
+
+bench:
+	python -m moelet bench --variants all --rounds 5 --out bench/results

@@ -221,6 +221,40 @@ def evaluate(
     _write_json(json_file, result._asdict())
 
 
+@app.command(epilog="Example: moelet bench --variants naive-bf16,hf-mixtral-eager --rounds 3 --json bench.json")
+def bench(
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="The settings; default: the reference shape."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Steps of each side, in turn with ours; the median counts.")] = 3,
+    variants: Annotated[
+        str | None, typer.Option(metavar="A,B,C", help="Whom to compare with, or `all`; default: a quick selection.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences a step; default: the settings'.")] = None,
+    peers_allocator: Annotated[
+        str, typer.Option(metavar="WHICH", help="`default`: the system's, `same`: as ours, or `both`.")
+    ] = "both",
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Write the page and a picture here.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure training and decoding against dense twins, plain code, transformers and the machine's own limits."""
+    from moelet import bench as benchmark
+    from moelet import bench_page
+    from moelet.console import Progress
+
+    _check_writable(json_file)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    workload = benchmark.workload_of(file, batch_size)
+    with Progress() as progress:
+        result = benchmark.bench(workload, variants, peers_allocator, rounds, progress)
+    print(bench_page.page(result))
+    for path in [] if out is None else bench_page.write(result, out):
+        print(f"see   {path}")
+    _write_json(json_file, result)
+
+
 @tokenizer_app.command("train", epilog="Example: moelet tokenizer train 'texts/*.txt' --vocab-size 8192 --out my.model")
 def train_tokenizer(
     files: Annotated[list[str], typer.Argument(metavar="FILES", help="Paths, globs or folders of text.")],

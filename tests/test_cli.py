@@ -17,7 +17,7 @@ from moelet import checkpoint, metrics
 from moelet.cli import main
 from moelet.tokenizer import Tokenizer
 
-COMMANDS = ["train", "generate", "evaluate", "tokenizer"]
+COMMANDS = ["train", "bench", "generate", "evaluate", "tokenizer"]
 SCREEN = 24  # lines
 ROOT = Path(__file__).parent.parent
 
@@ -68,7 +68,7 @@ def test_help_lists_the_commands(arguments: list[str], capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "generate", "evaluate", "tokenizer", "tokenizer train", "tokenizer encode", "tokenizer decode"],
+    ["train", "bench", "generate", "evaluate", "tokenizer", "tokenizer train", "tokenizer encode", "tokenizer decode"],
 )
 def test_every_commands_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.split(), "--help"]) == 0
@@ -81,13 +81,13 @@ def test_help_does_not_import_torch() -> None:
 import sys, time
 began = time.perf_counter()
 from moelet.cli import main
-codes = [main([*command, "--help"]) for command in ([], ["train"], ["evaluate"], ["generate"])]
+codes = [main([*command, "--help"]) for command in ([], ["train"], ["bench"], ["evaluate"], ["generate"])]
 heavy = {"torch", "numpy", "sentencepiece", "datasets", "matplotlib"} & set(sys.modules)
 print(codes, sorted(heavy), f"{time.perf_counter() - began:.2f} s", file=sys.stderr)
 """
     ended = python(code)
     assert ended.returncode == 0
-    assert ended.stderr.startswith("[0, 0, 0, 0] []"), ended.stderr
+    assert ended.stderr.startswith("[0, 0, 0, 0, 0] []"), ended.stderr
 
 
 def test_python_m_moelet_is_moelet() -> None:

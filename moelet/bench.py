@@ -1,0 +1,135 @@
+"""`moelet bench`: how fast we train and decode, against our dense twins, plain code, `transformers` and the machine.
+
+What is compared is `moelet.peers`', how is `moelet.contest`'s, the machine's limits are `moelet.roofline`'s, where our
+own step's time goes is `moelet.breakdown`'s; here they become one result.
+"""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moelet.breakdown import breakdown
+from moelet.console import Progress
+from moelet.contest import Contest, SideFailed, alone, run_contest
+from moelet.errors import UserError, pick
+from moelet.hparams import make_hparams, read_hparams
+from moelet.peers import (
+    HF_LACKS,
+    OWN,
+    AnyIds,
+    Workload,
+    choose,
+    choose_decoders,
+    decode_precisions,
+    precisions,
+    zipf_batches,
+)
+from moelet.precision import choose_device, choose_dtype
+from moelet.roofline import limits
+from moelet.step import build
+from moelet.tokenizer import Tokenizer
+
+# the reference shape, where no settings file is given
+REFERENCE = {"model": {"vocab_size": 32_000}, "train": {"train_steps": 10_000, "batch_size": 8}}
+# which allocators the peers get: the system's, and the one that keeps freed memory, which we always have
+ALLOCATORS = {"both": ("default", "kept"), "default": ("default",), "same": ("kept",)}
+
+GENERATE = "fp32"  # the weights of `moelet generate`
+
+
+def workload_of(path: Path | None, batch_size: int | None) -> Workload:
+    """Return the settings' shape, or the reference shape; accumulation is left out: a step is one batch.
+
+    Raises UserError for settings that don't fit.
+    """
+    hparams = make_hparams(REFERENCE) if path is None else read_hparams(path)
+    size = batch_size or hparams.train.batch_size
+    train = hparams.train.model_copy(update={"batch_size": size, "gradient_accumulation": 1})
+    hparams = hparams.model_copy(update={"train": train})
+    pieces = hparams.tokenizer.vocab_size
+    if hparams.model.vocab_size is None and hparams.tokenizer.file is not None:
+        pieces = Tokenizer.load(hparams.tokenizer.file).vocab_size
+    return Workload(hparams, hparams.model.vocab_size or pieces)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return what the figures were made on."""
+    name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif cpuinfo.exists():
+        models = [line.partition(": ")[2] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = models[0] if models else name
+    try:
+        transformers = version("transformers")
+    except PackageNotFoundError:
+        transformers = None
+    return {
+        "device": device.type,
+        "name": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers,
+    }
+
+
+def own_breakdown(workload: Workload) -> dict[str, Any]:
+    """Return where the time of our step goes."""
+    return breakdown(build(workload.hparams, AnyIds(workload.vocab_size)), zipf_batches(workload))
+
+
+def bench(
+    workload: Workload, variants: str | None, peers_allocator: str, rounds: int, progress: Progress
+) -> dict[str, Any]:
+    """Return all figures: the machine, its limits, the rows of training, a step's parts, decoding.
+
+    Raises UserError for a variant or an allocator that there isn't.
+    """
+    names, left_out = choose(variants)
+    allocators = pick(ALLOCATORS, peers_allocator, "--peers-allocator")
+    hparams = workload.hparams
+    device = choose_device(hparams.train.device)
+    dtype = choose_dtype(hparams.train.precision, device)
+    others, failed = dict[str, tuple[list[str], tuple[str, ...]]](), dict[str, str]()
+    for name in names:
+        try:
+            others[name] = (precisions(name, workload), ("kept",) if name in OWN else allocators)
+        except UserError as error:
+            failed[name] = str(error)
+    our_precision = precisions("moelet", workload)[0]
+    decoding = {name: (decode_precisions(workload), ("kept",)) for name in choose_decoders(variants)}
+    try:
+        progress.say("the machine: matrix products and memory")
+        found = alone(limits, hparams.model, workload.vocab_size, hparams.train.batch_size, dtype, device)
+        peaks = found["matrix_gflops"]
+        training = run_contest(Contest("train", our_precision, others, rounds), workload, peaks, progress)
+        progress.say("the parts of our step")
+        parts = alone(own_breakdown, workload)
+        decode = run_contest(Contest("decode", GENERATE, decoding, rounds), workload, {}, progress)
+    except SideFailed as error:
+        raise UserError(
+            f"our own step doesn't run at this shape ({error}), and all is measured against it. Give a smaller "
+            "--batch-size, or other settings."
+        ) from None
+    return {
+        "machine": machine(device),
+        "shape": {
+            "vocab_size": workload.vocab_size,
+            "batch_size": hparams.train.batch_size,
+            **hparams.model.model_dump(),
+        },
+        "rounds": rounds,
+        "peaks": found,
+        "rows": training["rows"],
+        "failed": failed | training["failed"],
+        "left_out": left_out,
+        "remarks": [HF_LACKS] if any(row["variant"].startswith("hf-") for row in training["rows"]) else [],
+        "precisions": training["precisions"],
+        "breakdown": parts,
+        "decode": decode,
+    }
