@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moelet.decoding import Decoder, can_decode
 from moelet.errors import UserError
 from moelet.modelling import GPT, KVCache
 from moelet.tokenizer import Tokenizer
@@ -71,14 +72,15 @@ def continuations(model: GPT, prompts: Sequence[Sequence[int]], n_new: int, samp
     generator = torch.Generator(device).manual_seed(sampling.seed)
     ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     cache, fresh_BS = KVCache(model.settings), ids_BS
+    decoder = Decoder(model) if can_decode(model) else None
     for _ in range(n_new):
         if cache.length + fresh_BS.shape[1] > context:
             cache, fresh_BS = KVCache(model.settings), ids_BS[:, -(context // 2) :]
-        real_BS = fresh_BS != Tokenizer.pad_id
-        # a lone PAD is that of a row that has ended: real enough, nobody reads its output
-        padding = fresh_BS.shape[1] > 1 and not bool(real_BS.all())
-        output = model(fresh_BS, real_BS if padding else None, cache)
-        next_B = choose(model.logits(output.hidden[:, -1:])[:, 0, : model.n_pieces], sampling, generator)
+        if decoder is not None and cache.length and cache.segments is None:
+            logits_BV = decoder.logits(fresh_BS[:, 0], cache)
+        else:
+            logits_BV = _next_logits(model, fresh_BS, cache)
+        next_B = choose(logits_BV[:, : model.n_pieces], sampling, generator)
         next_B = next_B.where(~ended_B, Tokenizer.pad_id)
         ended_B |= next_B == Tokenizer.eos_id
         yield next_B.tolist()
@@ -86,6 +88,15 @@ def continuations(model: GPT, prompts: Sequence[Sequence[int]], n_new: int, samp
             return
         fresh_BS = next_B[:, None]
         ids_BS = torch.cat([ids_BS, fresh_BS], 1)[:, -context:]
+
+
+def _next_logits(model: GPT, fresh_BS: Tensor, cache: KVCache) -> Tensor:
+    """Return the logits of the tokens that follow `fresh_BS`, (B, V), by the model itself."""
+    real_BS = fresh_BS != Tokenizer.pad_id
+    # a lone PAD is that of a row that has ended: real enough, nobody reads its output
+    padding = fresh_BS.shape[1] > 1 and not bool(real_BS.all())
+    output = model(fresh_BS, real_BS if padding else None, cache)
+    return model.logits(output.hidden[:, -1:])[:, 0]
 
 
 def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, n_new: int, sampling: Sampling) -> Iterator[str]:

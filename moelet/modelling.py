@@ -16,6 +16,7 @@ The law of initialisation. Every matrix and table is normal with mean 0, and:
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,11 @@ class KVCache:
         keys[:, :, self.length : end] = k_BHSC
         values[:, :, self.length : end] = v_BHSC
         return keys[:, :, :end], values[:, :, :end]
+
+    def stores(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each layer's keys and values, (B, H, max_length, C), of which the first `length` positions count."""
+        for layer in sorted(self._store):
+            yield self._store[layer]
 
     def note_segments(self, segments_BS: Tensor | None, batch: int, n_new: int, device: torch.device) -> Tensor | None:
         """Return the segments of all positions, the new ones included: (B, L), or None when there never were any."""

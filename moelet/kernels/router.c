@@ -3,32 +3,7 @@
  * Everything here is float whatever the activations are. Sums over tokens are made block by block in a fixed order,
  * so that they don't depend on the number of threads.
  */
-#include "numbers.h"
-
-typedef struct {
-    int64_t tokens, width, experts, chosen; /* T, D, E, K; D is a multiple of LANES */
-    int normalize;                          /* the weights of a token sum to 1 */
-} routing;
-
-/* Probabilities, and the K largest of them by descending score, ties to the lowest expert. */
-static void choose_experts(const routing *p, const float *scores, float *probability, int64_t *ids, float *weights) {
-    float top = scores[0], total = 0, kept = 0;
-    for (int64_t e = 1; e < p->experts; e++) top = scores[e] > top ? scores[e] : top;
-    for (int64_t e = 0; e < p->experts; e++) total += probability[e] = expf(scores[e] - top);
-    for (int64_t e = 0; e < p->experts; e++) probability[e] /= total;
-    for (int64_t k = 0; k < p->chosen; k++) {
-        int64_t best = -1;
-        for (int64_t e = 0; e < p->experts; e++) {
-            int taken = 0;
-            for (int64_t j = 0; j < k; j++) taken |= ids[j] == e;
-            if (!taken && (best < 0 || scores[e] > scores[best])) best = e;
-        }
-        ids[k] = best;
-        kept += weights[k] = probability[best];
-    }
-    if (p->normalize)
-        for (int64_t k = 0; k < p->chosen; k++) weights[k] /= kept;
-}
+#include "routing.h"
 
 /* `real` (T) says which tokens count, null: all. `sums` is (2, E): probabilities and choices of those that do. */
 void route(const routing *p, const num *x, const float *matrix, const uint8_t *real, int64_t *ids, float *weights,

@@ -1,0 +1,108 @@
+"""One new token a row on a CPU, the whole network in one call of C: `kernels/decode.c`.
+
+It computes what `GPT.forward` and `GPT.logits` do with a KV cache, without the time of the hundred small operations
+between the products. Shapes: B batch, V vocabulary.
+"""
+
+import ctypes
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moelet.kernels.experts import ACTIVATIONS
+from moelet.kernels.native import LANES, address, library, threads, usable
+from moelet.modelling import GPT, NORM_EPS, DecoderLayer, KVCache
+from moelet.moe import FeedForward, MoE
+from moelet.precision import cpu_has_bf16
+
+_COUNTS = ("layers", "width", "heads", "rank", "pieces", "experts", "chosen", "hidden", "context")
+_OF_LAYER = ("input_norm", "post_norm", "router", "q", "k", "v", "o", "up", "gate", "down", "keys", "values")
+
+
+class _Layer(ctypes.Structure):
+    """`layer` of decode.c."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in _OF_LAYER)
+
+
+class _Network(ctypes.Structure):
+    """`network` of decode.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _COUNTS),
+        *((name, ctypes.c_int) for name in ("activation", "gated", "normalize")),
+        *((name, ctypes.c_float) for name in ("eps", "scale")),
+        *((name, ctypes.c_void_p) for name in ("tokens", "positions", "proj", "table", "norm", "layer")),
+    )
+
+
+def can_decode(model: GPT) -> bool:
+    """Return whether the kernel computes this model: on a CPU, of widths that its vectors divide."""
+    s = model.settings
+    widths = (s.d_model, s.head_width, s.d_embed or s.d_model, s.expert_width)
+    plain = s.router == "softmax" and all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    return plain and all(width % LANES == 0 for width in widths) and usable(torch.float32, model.table)
+
+
+class Decoder:
+    """A model's weights as decoding reads them: matrices in bfloat16 where the CPU multiplies that, else as they are.
+
+    It doesn't follow later changes of the model.
+    """
+
+    def __init__(self, model: GPT, dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype or (torch.bfloat16 if cpu_has_bf16() and usable(torch.bfloat16) else torch.float32)
+        self.pieces = model.vocab_size
+        self._kept: list[Tensor] = []  # what C holds pointers to
+        s = model.settings
+        rank, hidden = s.d_embed or s.d_model, s.expert_width if s.n_experts > 1 else s.d_ff
+        self._layers = (_Layer * s.n_layers)(*(self._layer(layer) for layer in model.layers))  # type: ignore[arg-type]
+        counts = (s.n_layers, s.d_model, s.n_heads, rank, self.pieces, s.n_experts, s.top_k, hidden, s.max_length)
+        number, gated = ACTIVATIONS[s.activation]
+        proj = None if model.embed.proj is None else model.embed.proj.weight
+        self._network = _Network(
+            *(*counts, number, gated, s.normalize_top_k, NORM_EPS, s.embed_scale),
+            *(self._as_is(model.embed.tokens.weight), self._as_is(model.embed.positions.weight)),
+            *(self._matrix(proj), self._matrix(model.table), self._as_is(model.norm.weight)),
+            ctypes.cast(self._layers, ctypes.c_void_p),
+        )
+
+    def _as_is(self, weight: Tensor | None) -> ctypes.c_void_p:
+        kept = None if weight is None else weight.detach().contiguous()
+        self._kept += [] if kept is None else [kept]
+        return address(kept)
+
+    def _matrix(self, weight: Tensor | None) -> ctypes.c_void_p:
+        return self._as_is(None if weight is None else weight.detach().to(self.dtype))
+
+    def _layer(self, layer: DecoderLayer) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
+        products = [p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)]
+        router = mlp.gate.weight if isinstance(mlp, MoE) else None
+        return _Layer(*map(self._as_is, (*norms, router)), *map(self._matrix, (*products, *_feed_forward(mlp))))
+
+    def logits(self, ids_B: Tensor, cache: KVCache) -> Tensor:
+        """Return the logits of the tokens that follow `ids_B`, (B, V) float32, and enter those into the cache.
+
+        The cache has been through the model once, holds no padding, and has room.
+        """
+        assert cache.segments is None and 0 < cache.length < cache.max_length
+        for entry, (keys, values) in zip(self._layers, cache.stores(), strict=True):
+            entry.keys, entry.values = address(keys), address(values)
+        ids_B = ids_B.contiguous()
+        logits_BV = torch.empty(ids_B.shape[0], self.pieces)
+        batch, position = ctypes.c_int64(ids_B.shape[0]), ctypes.c_int64(cache.length)
+        library(self.dtype).decode(
+            ctypes.byref(self._network), address(ids_B), batch, position, address(logits_BV), threads()
+        )
+        cache.length += 1
+        return logits_BV
+
+
+def _feed_forward(mlp: MoE | FeedForward) -> Iterator[Tensor | None]:
+    """Yield the matrices up, gate and down; a dense layer's are those of a single expert."""
+    owner = mlp.experts if isinstance(mlp, MoE) else mlp
+    for item in (owner.up_proj, owner.gate_proj, owner.down_proj):
+        yield item.weight if isinstance(item, torch.nn.Linear) else item
