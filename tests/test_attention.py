@@ -28,7 +28,11 @@ SHAPES = [
     (3, 2, 9, 9, 4, "packed"),
     (3, 2, 5, 11, 4, "packed"),
     (2, 2, 65, 65, 16, "packed"),
+    (1, 3, 130, 130, 20, None),
+    (2, 1, 197, 197, 33, "packed"),
 ]
+# `blocked` has no float64
+RUNS = [(name, dtype) for name in ATTENTION for dtype in TOLERANCE if (name, dtype) != ("blocked", torch.float64)]
 
 
 def make_segments(layout: str | None, batch: int, n_keys: int) -> Tensor | None:
@@ -48,6 +52,10 @@ def numbers(batch: int, heads: int, n_queries: int, n_keys: int, width: int) -> 
     generator = torch.Generator().manual_seed(n_queries * 100 + n_keys)
     shapes = [(batch, heads, n, width) for n in (n_queries, n_keys, n_keys, n_queries)]
     return [torch.randn(shape, generator=generator).bfloat16().double() for shape in shapes]
+
+
+def best_precision(backend: str, tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.float() for tensor in tensors] if backend == "blocked" else tensors
 
 
 def plain_loops(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> Tensor:
@@ -84,8 +92,7 @@ def test_explicit_equals_plain_loops(shape: tuple[int, int, int, int, int, str |
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("backend", ATTENTION)
+@pytest.mark.parametrize(("backend", "dtype"), RUNS, ids=str)
 def test_backends_equal_the_definition(
     backend: str, dtype: torch.dtype, shape: tuple[int, int, int, int, int, str | None]
 ) -> None:
@@ -104,7 +111,7 @@ def test_backends_equal_the_definition(
 @pytest.mark.parametrize("backend", ATTENTION)
 def test_no_query_sees_the_future(backend: str, layout: str | None, past: int) -> None:
     n_queries = 9
-    q, k, v, _ = numbers(2, 3, n_queries, n_queries + past, 4)
+    q, k, v, _ = best_precision(backend, numbers(2, 3, n_queries, n_queries + past, 4))
     segments = make_segments(layout, 2, n_queries + past)
     before = causal_attention(q, k, v, segments, backend=backend)
     for place in range(n_queries):
@@ -119,21 +126,22 @@ def test_no_query_sees_the_future(backend: str, layout: str | None, past: int) -
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("backend", ATTENTION)
 def test_padding_is_not_seen(backend: str, padding: str) -> None:
-    q, k, v, _ = numbers(3, 2, 9, 9, 4)
+    q, k, v, _ = best_precision(backend, numbers(3, 2, 9, 9, 4))
     segments = make_segments(padding, 3, 9)
     assert segments is not None
     hidden = (segments == 0)[:, None, :, None]
     before = causal_attention(q, k, v, segments, backend=backend)
     after = causal_attention(q, k + 50.0 * hidden, v - 70.0 * hidden, segments, backend=backend)
     real = ~hidden.expand_as(before)
-    torch.testing.assert_close(after[real], before[real], rtol=1e-12, atol=1e-12)
+    tolerance = 1e-12 if before.dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(after[real], before[real], rtol=tolerance, atol=tolerance)
     assert before.isfinite().all()
     assert not torch.allclose(causal_attention(q, k, v, None, backend=backend)[1:], before[1:])
 
 
 @pytest.mark.parametrize("backend", ATTENTION)
 def test_rows_of_a_batch_are_apart(backend: str) -> None:
-    q, k, v, _ = numbers(2, 2, 6, 6, 4)
+    q, k, v, _ = best_precision(backend, numbers(2, 2, 6, 6, 4))
     before = causal_attention(q, k, v, backend=backend)
     others = [tensor.clone() for tensor in (q, k, v)]
     for tensor in others:
@@ -173,8 +181,8 @@ def test_sdpa_makes_no_mask_without_segments(monkeypatch: pytest.MonkeyPatch) ->
 def test_dropout_keeps_the_mean_and_hides_the_future(backend: str) -> None:
     torch.manual_seed(0)
     size = 6
-    q, k, _, _ = (tensor.float() for tensor in numbers(1, 1, size, size, 4))
-    q, k = q.expand(4000, 1, size, 4), k.expand(4000, 1, size, 4)
+    q, k, _, _ = (tensor.float() for tensor in numbers(1, 1, size, size, size))
+    q, k = q.expand(4000, 1, size, size), k.expand(4000, 1, size, size)
     identity = torch.eye(size).expand(4000, 1, size, size)  # as values it makes the output the weights themselves
     weights = causal_attention(q, k, identity, None, 0.25, backend)
     assert not weights.triu(1).any()

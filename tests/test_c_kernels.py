@@ -98,10 +98,8 @@ def test_dropout_in_the_norm(probability: float) -> None:
     torch.manual_seed(1)
     total, _ = add_norm(None, branch, weight, EPS, probability)
     kept = total != 0
-    assert (
-        abs(kept.float().mean().item() - (1 - probability))
-        < 4 * (probability * (1 - probability) / kept.numel()) ** 0.5
-    )
+    deviation = (probability * (1 - probability) / kept.numel()) ** 0.5
+    assert abs(kept.float().mean().item() - (1 - probability)) < 4 * deviation
     assert torch.allclose(total[kept], torch.tensor(1 / (1 - probability)))
     (gradient,) = torch.autograd.grad(total.sum(), branch)
     assert torch.equal(gradient, total.detach())
@@ -201,11 +199,8 @@ def test_what_is_not_finite_stays_so(value: float) -> None:
     total, normed = add_norm(None, h, torch.ones(32), EPS)
     assert not total[3].isfinite().all() and not normed[3].isfinite().all()
     ids, weights = torch.zeros(8, 1, dtype=torch.int64), torch.ones(8, 1)
-    assert (
-        not routed_ffn(h, ids, weights, torch.randn(2, 32, 32), None, torch.randn(2, 32, 32), "silu")[3]
-        .isfinite()
-        .all()
-    )
+    y = routed_ffn(h, ids, weights, torch.randn(2, 32, 32), None, torch.randn(2, 32, 32), "silu")
+    assert not y[3].isfinite().all()
 
 
 # --- building them ---
@@ -226,7 +221,7 @@ def test_kernels_are_built_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) ->
     before = built.stat().st_mtime_ns
     native._load.cache_clear()
     assert native.why_not(torch.float32) is None and built.stat().st_mtime_ns == before
-    assert native.why_not(torch.float64) is None or not native.usable(torch.float64)
+    assert native.why_not(torch.float64) == "there are none for torch.float64"
 
 
 def test_no_compiler_is_no_end(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

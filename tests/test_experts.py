@@ -65,8 +65,8 @@ def make_case(number: int, step: int = 1) -> Case:
     if kind == "ties":
         weights = torch.full_like(weights, 0.25)
     w_gate = normal(e, f, d) if activation in GATED else None
-    w_in, w_out = normal(e, f, d), normal(e, d, f)
-    return Case(kind, activation, normal(t, d), ids, weights, w_in, w_gate, w_out, normal(t, d))
+    x, w_in, w_out = normal(t, d), normal(e, f, d), normal(e, d, f)
+    return Case(kind, activation, x, ids, weights, w_in, w_gate, w_out, normal(t, d))
 
 
 def run(case: Case, backend: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:

@@ -89,6 +89,8 @@ def build(dtype: torch.dtype) -> Path:
 @functools.cache
 def _load(dtype: torch.dtype) -> ctypes.CDLL | str:
     """Return the library for `dtype`, or why there is none."""
+    if dtype not in FORMATS:
+        return f"there are none for {dtype}"
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH} is 0"
     try:
@@ -108,7 +110,7 @@ def usable(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
     """Return whether the kernels can compute in `dtype` with these: real tensors on a CPU."""
     kinds = (Tensor, torch.nn.Parameter)
     plain = all(t is None or (type(t) in kinds and t.device.type == "cpu") for t in tensors)
-    return plain and dtype in FORMATS and why_not(dtype) is None
+    return plain and why_not(dtype) is None
 
 
 def why_not(dtype: torch.dtype) -> str | None:
