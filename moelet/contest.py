@@ -185,17 +185,15 @@ def speedup(ours: Sequence[float], theirs: Sequence[float], our_tokens: int = 1,
     return statistics.median(ratios) * our_tokens / their_tokens
 
 
-def row(worker: Worker, peaks: dict[str, float], ratio: float | None) -> dict[str, Any]:
+def row(worker: Worker, ratio: float | None) -> dict[str, Any]:
     """Return the figures of a side whose rounds are over."""
     rate = worker.tokens / statistics.median(worker.seconds)
-    peak = peaks.get(worker.job.precision.partition("-")[0])
     return {
         "variant": worker.job.variant,
         "allocator": worker.job.allocator,
         "precision": worker.job.precision,
         "tokens_per_second": rate,
         "speedup": ratio,
-        "mfu": worker.flops_per_token * rate / (peak * 1e9) if peak and worker.flops_per_token else None,
         "peak_memory_mb": worker.peak_memory_mb(),
         "flops_per_token": worker.flops_per_token,
         "seconds_to_first_step": worker.seconds_to_first_step,
@@ -203,7 +201,7 @@ def row(worker: Worker, peaks: dict[str, float], ratio: float | None) -> dict[st
     }
 
 
-def compare(ours: Worker, job: Job, rounds: int, peaks: dict[str, float]) -> dict[str, Any]:
+def compare(ours: Worker, job: Job, rounds: int) -> dict[str, Any]:
     """Return the row of one side: our work and its work in turn, `rounds` times."""
     before = len(ours.seconds)
     with Worker(job) as worker:
@@ -211,7 +209,7 @@ def compare(ours: Worker, job: Job, rounds: int, peaks: dict[str, float]) -> dic
             ours.work()
             worker.work()
         ratio = speedup(ours.seconds[before:], worker.seconds, ours.tokens, worker.tokens)
-        return row(worker, peaks, ratio)
+        return row(worker, ratio)
 
 
 class Contest(NamedTuple):
@@ -223,7 +221,7 @@ class Contest(NamedTuple):
     rounds: int
 
 
-def run_contest(contest: Contest, workload: Workload, peaks: dict[str, float], progress: Progress) -> dict[str, Any]:
+def run_contest(contest: Contest, workload: Workload, progress: Progress) -> dict[str, Any]:
     """Return the rows, ours first, the sides that failed with the reason, and the seconds of the precisions tried."""
     kind, rows, failed, tried = contest.kind, list[dict[str, Any]](), dict[str, str](), dict[str, Any]()
     with Worker(Job(kind, "moelet", contest.our_precision, "kept", workload)) as ours:
@@ -236,7 +234,7 @@ def run_contest(contest: Contest, workload: Workload, peaks: dict[str, float], p
                     precision = fastest(tried[variant])
                 for allocator in allocators:
                     job = Job(kind, variant, precision, allocator, workload)
-                    rows.append(compare(ours, job, contest.rounds, peaks))
+                    rows.append(compare(ours, job, contest.rounds))
                     progress.say(f"{kind}: {told(rows[-1])}")
             except SideFailed as error:
                 failed[variant] = str(error)
@@ -244,7 +242,7 @@ def run_contest(contest: Contest, workload: Workload, peaks: dict[str, float], p
         if not ours.seconds:  # nobody to compare with
             for _ in range(contest.rounds):
                 ours.work()
-        return {"rows": [row(ours, peaks, None), *rows], "failed": failed, "precisions": tried}
+        return {"rows": [row(ours, None), *rows], "failed": failed, "precisions": tried}
 
 
 def told(row: dict[str, Any]) -> str:

@@ -142,18 +142,26 @@ def active_weights(settings: ModelSettings, vocab_size: int) -> int:
 def limits(
     settings: ModelSettings, vocab_size: int, batch_size: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
-    """Return all that is measured of the machine itself: matrix rates, the step's bound, memory, decoding's bound.
-
-    Decoding can't be faster than reading the active weights once a token, in `dtype`.
-    """
-    memory = memory_rates(device)
-    token_bytes = active_weights(settings, vocab_size) * dtype.itemsize
+    """Return all that is measured of the machine itself: matrix rates, memory rates, the step's bound."""
     return {
         "precision": next(name for name, d in DTYPES.items() if d == dtype),
         "matrix_gflops": {
             name: matrix_rate(device, d) / 1e9 for name, d in DTYPES.items() if d in (torch.float32, dtype)
         },
-        "memory_gb_per_second": memory,
+        "memory_gb_per_second": memory_rates(device),
         "step": step_bound(settings, vocab_size, batch_size, dtype, device),
-        "decode_tokens_per_second": memory["read"] * 1e9 / token_bytes,
     }
+
+
+def higher(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return the higher of two measurements of the same limits: what a machine did once, it can do."""
+    best = {
+        key: {name: max(rate, other[key][name]) for name, rate in one[key].items()}
+        for key in ("matrix_gflops", "memory_gb_per_second")
+    }
+    return {**one, **best, "step": max(one["step"], other["step"], key=lambda step: step["tokens_per_second"])}
+
+
+def decode_bound(settings: ModelSettings, vocab_size: int, dtype: torch.dtype, gb_per_second: float) -> float:
+    """Return the tokens a second at which the active weights, in `dtype`, are read once a token."""
+    return gb_per_second * 1e9 / (active_weights(settings, vocab_size) * dtype.itemsize)

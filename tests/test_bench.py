@@ -156,6 +156,22 @@ def test_active_weights_by_hand() -> None:
     assert roofline.active_weights(settings, VOCABULARY) == used
 
 
+def test_mfu_is_of_the_rate_in_its_own_precision() -> None:
+    row = {"precision": "bf16-weights", "flops_per_token": 3_000_000, "tokens_per_second": 100.0}
+    assert bench.mfu(row, {"fp32": 1.0, "bf16": 3.0}) == pytest.approx(0.1)
+
+
+def test_a_limit_once_reached_stands() -> None:
+    def measured(fp32: float, read: float, step: float) -> dict[str, Any]:
+        return {
+            "matrix_gflops": {"fp32": fp32},
+            "memory_gb_per_second": {"read": read},
+            "step": {"tokens_per_second": step},
+        }
+
+    assert roofline.higher(measured(1, 5, 3), measured(2, 4, 9)) == measured(2, 5, 9)
+
+
 def test_speedup_is_of_neighbours() -> None:
     """In the second round the machine is four times as slow, in the third only the other side is held up."""
     assert contest.speedup([1, 4, 1], [2, 8, 12]) == 2
@@ -222,12 +238,11 @@ def test_hf_models_have_our_shape() -> None:
 def test_a_side_that_fails_is_told() -> None:
     """Each in a process of its own: ours goes on, and every reason is in the result."""
     given, asked = workload(), {"dense-active": (["fp16-wrong"], ["kept"]), "hf-mixtal-eager": (["fp32"], ["kept"])}
-    found = contest.run_contest(contest.Contest("train", "fp32", asked, 1), given, {"fp32": 1.0}, Progress())
+    found = contest.run_contest(contest.Contest("train", "fp32", asked, 1), given, Progress())
     assert [row["variant"] for row in found["rows"]] == ["moelet"]
     assert "fp16-wrong" in found["failed"]["dense-active"]
     assert found["failed"]["hf-mixtal-eager"].startswith(("AssertionError", "ModuleNotFoundError"))
     row = found["rows"][0]
-    assert row["mfu"] == pytest.approx(row["flops_per_token"] * row["tokens_per_second"] / 1e9)
     assert row["tokens_per_second"] == pytest.approx(128 / row["seconds"][0])
 
 
