@@ -8,6 +8,7 @@ Shapes: T tokens, D model, E experts, F expert hidden, K chosen per token, N = T
 """
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moelet.errors import pick
+from moelet.errors import UserError, pick
+from moelet.kernels.sorted_rows import BATCHED, Kernels, expert_mlp
 
 
 def _relu2(x: Tensor) -> Tensor:
@@ -29,6 +31,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,  # Shazeer 2020; the gate matrix makes the difference
 }
 GATED = frozenset({"swiglu"})
+TRITON_CAPABILITY = (8, 0)  # for older cards Triton's products have no tensor cores, since its version 3.3
+TRITON_FORMATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def hidden_activation(up: Tensor, gate: Tensor | None, activation: str) -> Tensor:
@@ -147,7 +151,60 @@ def grouped(
     return y_TD
 
 
-BACKENDS: dict[str, Callable[..., Tensor]] = {"reference": reference, "grouped": grouped}
+def _static(kernels: Kernels, *arguments: Any) -> Tensor:
+    """Sort the rows on the device and compute them with `kernels`, in shapes that don't depend on the routing."""
+    x_TD, ids_TK, weights_TK, w_in_EFD, w_gate_EFD, w_out_EDF, activation = arguments
+
+    def activate(before_NI: Tensor) -> Tensor:
+        up_NF, gate_NF = (before_NI, None) if w_gate_EFD is None else before_NI.chunk(2, -1)
+        return hidden_activation(up_NF, gate_NF, activation)
+
+    w_in_EID = w_in_EFD if w_gate_EFD is None else torch.cat([w_in_EFD, w_gate_EFD], 1)  # one product for both
+    return expert_mlp(x_TD, ids_TK, weights_TK, w_in_EID, w_out_EDF, activate, kernels)
+
+
+def batched(*arguments: Any) -> Tensor:
+    """Batched products of the matrix library over padded blocks: static shapes on any device; the host never waits."""
+    return _static(BATCHED, *arguments)
+
+
+def triton(*arguments: Any) -> Tensor:
+    """Triton's products, without padding. Raises UserError where they can't be had."""
+    if (reason := why_not_triton(arguments[0])) is not None:
+        raise UserError(
+            f'model.experts is "triton" and {reason}. It needs CUDA, compute capability 8.0 or newer, and the package '
+            'triton. Set model.experts to "auto".'
+        )
+    from moelet.kernels.grouped_gemm import TRITON  # needs triton, which CUDA builds of torch bring along
+
+    return _static(TRITON, *arguments)
+
+
+def why_not_triton(x_TD: Tensor) -> str | None:
+    """Return why Triton's products can't be had for x, None where they can."""
+    if x_TD.device.type != "cuda":
+        return f"the model is on a {x_TD.device.type} device"
+    if torch.cuda.get_device_capability(x_TD.device) < TRITON_CAPABILITY:
+        return "this card's compute capability is {}.{}".format(*torch.cuda.get_device_capability(x_TD.device))
+    if x_TD.dtype not in TRITON_FORMATS:
+        return f"the numbers are {x_TD.dtype}"
+    return None if find_spec("triton") else "there is no package triton"
+
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference,
+    "grouped": grouped,
+    "batched": batched,
+    "triton": triton,
+}
+
+
+def auto(*arguments: Any) -> Tensor:
+    """The fastest backend for the device: where the host would have to wait for a device, one that needs no waiting."""
+    x_TD = arguments[0]
+    if x_TD.device.type == "cpu":
+        return grouped(*arguments)
+    return (batched if why_not_triton(x_TD) else triton)(*arguments)
 
 
 def routed_ffn(
@@ -163,10 +220,10 @@ def routed_ffn(
     """Return each token's weighted sum of its experts' outputs, (T, D), in the weights' dtype (float32 or float64).
 
     `ids_TK` are expert ids in [0, E), distinct within a token; `weights_TK` their weights. Matrices follow nn.Linear,
-    (out, in) per expert. Under autocast the products run in its dtype; the sum over K never does. `auto` is the
-    fastest backend for the device, today `grouped` everywhere. Raises UserError for an unknown backend or activation.
+    (out, in) per expert. Under autocast the products run in its dtype; the sum over K never does. Raises
+    UserError for an unknown backend or activation, and for `triton` where it can't be had.
     """
-    compute = pick({**BACKENDS, "auto": grouped}, backend, "model.experts")
+    compute = pick({**BACKENDS, "auto": auto}, backend, "model.experts")
     device = x_TD.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

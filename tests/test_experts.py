@@ -10,13 +10,16 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CPU_BACKENDS
 from torch import Tensor
 
 from moelet import experts
 from moelet.errors import UserError
-from moelet.experts import ACTIVATIONS, BACKENDS, GATED, routed_ffn
+from moelet.experts import ACTIVATIONS, GATED, routed_ffn
+from moelet.kernels import sorted_rows
 
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest reference value
+# of the largest reference value
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 KINDS = ("any", "empty experts", "all to one", "ties", "K = 1", "K = E", "T = 0", "T = 1")
 CASES = 200
 
@@ -57,19 +60,20 @@ def make_case(number: int) -> Case:
     return Case(kind, activation, normal(t, d), ids, weights, normal(e, f, d), w_gate, normal(e, d, f), normal(t, d))
 
 
-def run(case: Case, backend: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Return the output and every gradient, float64, computed in `dtype`; bfloat16 means under autocast."""
-    wide = torch.float32 if dtype == torch.bfloat16 else dtype
+def run(case: Case, backend: str, dtype: torch.dtype = torch.float64, device: str = "cpu") -> dict[str, Tensor]:
+    """Return the output and every gradient, float64, computed in `dtype`; the half formats mean under autocast."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    wide = torch.float32 if half else dtype
     tensors = {name: getattr(case, name) for name in ("x", "weights", "w_in", "w_gate", "w_out")}
-    leaves = {n: t.to(wide, copy=True).requires_grad_() for n, t in tensors.items() if t is not None}
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        gate = leaves.get("w_gate")
+    leaves = {n: t.to(device, wide, copy=True).requires_grad_() for n, t in tensors.items() if t is not None}
+    gate, ids = leaves.get("w_gate"), case.ids.to(device)
+    with torch.autocast(device, dtype if half else None, enabled=half):
         y = routed_ffn(
-            leaves["x"], case.ids, leaves["weights"], leaves["w_in"], gate, leaves["w_out"], case.activation, backend
+            leaves["x"], ids, leaves["weights"], leaves["w_in"], gate, leaves["w_out"], case.activation, backend
         )
     assert y.dtype == wide
-    gradients = torch.autograd.grad(y, list(leaves.values()), case.upstream.to(wide))
-    return {"y": y.detach().double()} | {n: g.double() for n, g in zip(leaves, gradients, strict=True)}
+    gradients = torch.autograd.grad(y, list(leaves.values()), case.upstream.to(device, wide))
+    return {"y": y.detach().cpu().double()} | {n: g.cpu().double() for n, g in zip(leaves, gradients, strict=True)}
 
 
 def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float, about: str) -> None:
@@ -82,7 +86,7 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: flo
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("backend", [*CPU_BACKENDS, "auto"])
 def test_backends_equal_the_reference(backend: str, dtype: torch.dtype) -> None:
     for number in range(CASES):
         case = make_case(number)
@@ -136,7 +140,7 @@ def test_reference_equals_plain_loops(activation: str) -> None:
         assert (got - want).abs().max() <= 1e-12 * want.abs().max()
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("backend", [*CPU_BACKENDS, "auto"])
 def test_all_experts_are_the_dense_mixture(backend: str) -> None:
     cases = (make_case(number) for number in range(CASES))
     case = next(c for c in cases if (c.kind, c.activation) == ("K = E", "gelu") and len(c.x) > 9)
@@ -158,7 +162,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("backend", [*CPU_BACKENDS, "auto"])
 def test_an_expert_without_tokens_has_zero_gradient(backend: str, dtype: torch.dtype, poisoned_memory: None) -> None:
     assert torch.empty(3).isnan().all()
     checked = 0
@@ -201,14 +205,14 @@ def test_bf16_rows_are_summed_in_float32() -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_the_same_inputs_give_the_same_bits(backend: str, dtype: torch.dtype) -> None:
     for number in range(0, CASES, 5):
         first, second = (run(make_case(number), backend, dtype) for _ in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_a_single_numbers_place(backend: str) -> None:
     """A worked example: token 0 goes to expert 1 with 0.5, token 1 to experts 0 and 1."""
     x = torch.tensor([[1.0], [2.0]])
@@ -229,7 +233,8 @@ def test_unknown_names_are_refused() -> None:
 
 def test_nothing_is_scattered_by_addition() -> None:
     """Adding floats at repeated places gives other bits on every run on a GPU."""
-    calls = [node for node in ast.walk(ast.parse(inspect.getsource(experts))) if isinstance(node, ast.Call)]
+    source = inspect.getsource(experts) + inspect.getsource(sorted_rows)
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     names = {node.func.attr for node in calls if isinstance(node.func, ast.Attribute)}
     assert "index_select" in names
     assert not names & {"index_add", "index_add_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_"}

@@ -11,8 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moelet"
 # a module imports from strictly lower floors only; a new module gets its floor in ARCHITECTURE.md's table
 FLOORS = {"__init__": -1} | {
-    name: int(floor)
-    for floor, name in re.findall(r"^\| (\d+) \| `(\w+)\.py` \|", (ROOT / "ARCHITECTURE.md").read_text(), re.MULTILINE)
+    name.replace("/", "."): int(floor)
+    for floor, name in re.findall(
+        r"^\| (\d+) \| `([\w/]+)\.py` \|", (ROOT / "ARCHITECTURE.md").read_text(), re.MULTILINE
+    )
 }
 LAZY = {"cli", "__init__"}  # their functions may import any module, so that --help is quick
 MAX_FILE, MAX_FUNCTION = 400, 60  # lines
@@ -138,7 +140,7 @@ def test_documents_are_short(name: str) -> None:
     ("name", "source"),
     [
         ("experts", "from moelet.moe import Router"),  # upwards
-        ("experts", "from moelet.loss import IGNORE"),  # sideways
+        ("experts", "from moelet.optim import Plan"),  # sideways
         ("experts", "def f():\n    from moelet.train import train"),  # lazily
         ("experts", "from moelet import train as training"),
         ("experts", "import moelet.errors"),

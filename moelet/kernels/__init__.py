@@ -1,0 +1,1 @@
+"""Hand-written kernels: C for CPUs, Triton for CUDA."""
