@@ -7,6 +7,7 @@ the choice of experts, which is `moelet.moe`'s.
 Shapes: T tokens, D model, E experts, F expert hidden, K chosen per token, N = T*K routed rows.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -160,6 +161,7 @@ def _static(kernels: Kernels, *arguments: Any) -> Tensor:
         return hidden_activation(up_NF, gate_NF, activation)
 
     w_in_EID = w_in_EFD if w_gate_EFD is None else torch.cat([w_in_EFD, w_gate_EFD], 1)  # one product for both
+    w_in_EID, w_out_EDF = w_in_EID.to(x_TD.dtype), w_out_EDF.to(x_TD.dtype)
     return expert_mlp(x_TD, ids_TK, weights_TK, w_in_EID, w_out_EDF, activate, kernels)
 
 
@@ -188,7 +190,12 @@ def why_not_triton(x_TD: Tensor) -> str | None:
         return "this card's compute capability is {}.{}".format(*torch.cuda.get_device_capability(x_TD.device))
     if x_TD.dtype not in TRITON_FORMATS:
         return f"the numbers are {x_TD.dtype}"
-    return None if find_spec("triton") else "there is no package triton"
+    return None if _triton_there() else "there is no package triton"
+
+
+@functools.cache
+def _triton_there() -> bool:
+    return find_spec("triton") is not None
 
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {
