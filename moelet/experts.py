@@ -156,9 +156,9 @@ def _static(kernels: Kernels, *arguments: Any) -> Tensor:
     """Sort the rows on the device and compute them with `kernels`, in shapes that don't depend on the routing."""
     x_TD, ids_TK, weights_TK, w_in_EFD, w_gate_EFD, w_out_EDF, activation = arguments
 
-    def activate(before_NI: Tensor) -> Tensor:
-        up_NF, gate_NF = (before_NI, None) if w_gate_EFD is None else before_NI.chunk(2, -1)
-        return hidden_activation(up_NF, gate_NF, activation)
+    def activate(before: Tensor) -> Tensor:
+        up, gate = (before, None) if w_gate_EFD is None else before.chunk(2, -1)
+        return hidden_activation(up, gate, activation)
 
     w_in_EID = w_in_EFD if w_gate_EFD is None else torch.cat([w_in_EFD, w_gate_EFD], 1)  # one product for both
     w_in_EID, w_out_EDF = w_in_EID.to(x_TD.dtype), w_out_EDF.to(x_TD.dtype)
@@ -182,14 +182,14 @@ def triton(*arguments: Any) -> Tensor:
     return _static(TRITON, *arguments)
 
 
-def why_not_triton(x_TD: Tensor) -> str | None:
+def why_not_triton(x: Tensor) -> str | None:
     """Return why Triton's products can't be had for x, None where they can."""
-    if x_TD.device.type != "cuda":
-        return f"the model is on a {x_TD.device.type} device"
-    if torch.cuda.get_device_capability(x_TD.device) < TRITON_CAPABILITY:
-        return "this card's compute capability is {}.{}".format(*torch.cuda.get_device_capability(x_TD.device))
-    if x_TD.dtype not in TRITON_FORMATS:
-        return f"the numbers are {x_TD.dtype}"
+    if x.device.type != "cuda":
+        return f"the model is on a {x.device.type} device"
+    if torch.cuda.get_device_capability(x.device) < TRITON_CAPABILITY:
+        return "this card's compute capability is {}.{}".format(*torch.cuda.get_device_capability(x.device))
+    if x.dtype not in TRITON_FORMATS:
+        return f"the numbers are {x.dtype}"
     return None if _triton_there() else "there is no package triton"
 
 
@@ -208,10 +208,10 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 
 def auto(*arguments: Any) -> Tensor:
     """The fastest backend for the device: where the host would have to wait for a device, one that needs no waiting."""
-    x_TD = arguments[0]
-    if x_TD.device.type == "cpu":
+    x = arguments[0]
+    if x.device.type == "cpu":
         return grouped(*arguments)
-    return (batched if why_not_triton(x_TD) else triton)(*arguments)
+    return (batched if why_not_triton(x) else triton)(*arguments)
 
 
 def routed_ffn(

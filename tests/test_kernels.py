@@ -45,7 +45,7 @@ needs_cuda = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), re
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the Triton backend run on the CPU where it is interpreted."""
     if INTERPRETED:
-        monkeypatch.setattr(experts, "why_not_triton", lambda x_TD: None)
+        monkeypatch.setattr(experts, "why_not_triton", lambda x: None)
 
 
 def make_rows(counts: list[int], tokens: int, block_rows: int) -> Rows:
