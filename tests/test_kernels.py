@@ -95,8 +95,8 @@ def test_each_kernel_equals_plain_torch(width_in: int, width_out: int, counts: l
 @needs_triton
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_triton_equals_the_reference(dtype: torch.dtype) -> None:
-    """In the interpreter every kind of case with every activation once in float32; on a card all cases."""
-    few = range(32) if dtype == torch.float32 else range(1, 64, 21)
+    """In the interpreter a few cases, of every kind and activation; on a card all."""
+    few = range(0, 32, 3) if dtype == torch.float32 else range(1, 64, 21)
     for number in few if INTERPRETED else range(CASES):
         case = make_case(number)
         got = run(case, "triton", dtype, DEVICE)
