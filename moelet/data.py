@@ -63,8 +63,12 @@ class Batch(NamedTuple):
     segments: Tensor | None  # (B, S) int64, 0 on padding, else the document's number in its row; None: all are 1
 
     def to(self, device: torch.device) -> "Batch":
-        segments = None if self.segments is None else self.segments.to(device, non_blocking=True)
-        return Batch(self.input_ids.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), segments)
+        """Return the batch on `device`; to CUDA from pinned memory, so that the host needn't wait for the copy."""
+
+        def move(item: Tensor) -> Tensor:
+            return (item.pin_memory() if device.type == "cuda" else item).to(device, non_blocking=True)
+
+        return Batch(move(self.input_ids), move(self.labels), None if self.segments is None else move(self.segments))
 
 
 class Validation(NamedTuple):

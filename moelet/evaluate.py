@@ -41,4 +41,4 @@ def evaluate(model: GPT, validation: Validation, dtype: torch.dtype) -> Evaluati
     loss = nats / tokens
     bits = bits_per_byte(nats, validation.n_bytes)
     perplexity = math.exp(min(loss, 700.0))  # exp overflows a float64 past 709
-    return Evaluation(loss, bits, perplexity, tokens, validation.n_bytes, expert_load(totals))
+    return Evaluation(loss, bits, perplexity, tokens, validation.n_bytes, expert_load(totals).tolist())

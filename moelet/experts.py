@@ -7,7 +7,9 @@ the choice of experts, which is `moelet.moe`'s.
 Shapes: T tokens, D model, E experts, F expert hidden, K chosen per token, N = T*K routed rows.
 """
 
+import functools
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from moelet.errors import UserError, pick
 from moelet.kernels.experts import RoutedFFN, can_compute
 from moelet.kernels.native import TILE_COLUMNS, why_not
+from moelet.kernels.sorted_rows import BATCHED, Kernels, expert_mlp
 
 
 def _relu2(x: Tensor) -> Tensor:
@@ -31,6 +34,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,  # Shazeer 2020; the gate matrix makes the difference
 }
 GATED = frozenset({"swiglu"})
+TRITON_CAPABILITY = (8, 0)  # for older cards Triton's products have no tensor cores, since its version 3.3
+TRITON_FORMATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def hidden_activation(up: Tensor, gate: Tensor | None, activation: str) -> Tensor:
@@ -174,11 +179,71 @@ def fused(
     return y_TD
 
 
-BACKENDS: dict[str, Callable[..., Tensor]] = {"reference": reference, "grouped": grouped, "fused": fused}
-
-
 def _in_format(dtype: torch.dtype, *matrices: Tensor | None) -> list[Any]:
     return [None if matrix is None else matrix.to(dtype) for matrix in matrices]
+
+
+def _static(kernels: Kernels, *arguments: Any) -> Tensor:
+    """Sort the rows on the device and compute them with `kernels`, in shapes that don't depend on the routing."""
+    x_TD, ids_TK, weights_TK, w_in_EFD, w_gate_EFD, w_out_EDF, activation = arguments
+
+    def activate(before: Tensor) -> Tensor:
+        up, gate = (before, None) if w_gate_EFD is None else before.chunk(2, -1)
+        return hidden_activation(up, gate, activation)
+
+    w_in_EID = w_in_EFD if w_gate_EFD is None else torch.cat([w_in_EFD, w_gate_EFD], 1)  # one product for both
+    w_in_EID, w_out_EDF = w_in_EID.to(x_TD.dtype), w_out_EDF.to(x_TD.dtype)
+    return expert_mlp(x_TD, ids_TK, weights_TK, w_in_EID, w_out_EDF, activate, kernels)
+
+
+def batched(*arguments: Any) -> Tensor:
+    """Batched products of the matrix library over padded blocks: static shapes on any device; the host never waits."""
+    return _static(BATCHED, *arguments)
+
+
+def triton(*arguments: Any) -> Tensor:
+    """Triton's products, without padding. Raises UserError where they can't be had."""
+    if (reason := why_not_triton(arguments[0])) is not None:
+        raise UserError(
+            f'model.experts is "triton" and {reason}. It needs CUDA, compute capability 8.0 or newer, and the package '
+            'triton. Set model.experts to "auto".'
+        )
+    from moelet.kernels.grouped_gemm import TRITON  # needs triton, which CUDA builds of torch bring along
+
+    return _static(TRITON, *arguments)
+
+
+def why_not_triton(x: Tensor) -> str | None:
+    """Return why Triton's products can't be had for x, None where they can."""
+    if x.device.type != "cuda":
+        return f"the model is on a {x.device.type} device"
+    if torch.cuda.get_device_capability(x.device) < TRITON_CAPABILITY:
+        return "this card's compute capability is {}.{}".format(*torch.cuda.get_device_capability(x.device))
+    if x.dtype not in TRITON_FORMATS:
+        return f"the numbers are {x.dtype}"
+    return None if _triton_there() else "there is no package triton"
+
+
+@functools.cache
+def _triton_there() -> bool:
+    return find_spec("triton") is not None
+
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference,
+    "grouped": grouped,
+    "fused": fused,
+    "batched": batched,
+    "triton": triton,
+}
+
+
+def auto(*arguments: Any) -> Tensor:
+    """The fastest backend for the device: where the host would have to wait for a device, one that needs no waiting."""
+    x = arguments[0]
+    if x.device.type == "cpu":
+        return (fused if can_compute(x, arguments[3], arguments[6]) else grouped)(*arguments)
+    return (batched if why_not_triton(x) else triton)(*arguments)
 
 
 def routed_ffn(
@@ -195,13 +260,12 @@ def routed_ffn(
 
     `ids_TK` are expert ids in [0, E), distinct within a token; `weights_TK` their weights, float32 or float64.
     Matrices follow nn.Linear, (out, in) per expert. Under autocast the products run in its dtype; the sum over K is
-    made in the weights' and then rounded once. `auto` is the fastest backend for the device and sizes: `fused` where
-    there are kernels, else `grouped`. Raises UserError for an unknown backend or activation.
+    made in the weights' and then rounded once. Raises UserError for an unknown backend or activation, and for a
+    backend that can't be had.
     """
+    compute = pick({**BACKENDS, "auto": auto}, backend, "model.experts")
     device = x_TD.device.type
     if torch.is_autocast_enabled(device):
         x_TD = x_TD.to(torch.get_autocast_dtype(device))
-    fastest = fused if can_compute(x_TD, w_in_EFD, activation) else grouped
-    compute = pick({**BACKENDS, "auto": fastest}, backend, "model.experts")
     y_TD = compute(x_TD, ids_TK, weights_TK, w_in_EFD, w_gate_EFD, w_out_EDF, activation)
     return y_TD.to(x_TD.dtype)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moelet.disk import sync, write_file
 from moelet.moe import RouterStats
@@ -57,9 +58,12 @@ def last_elapsed(run: Path) -> float:
     return 0.0
 
 
-def expert_load(stats: Sequence[RouterStats]) -> list[list[float]]:
-    """Return for each layer every expert's share of the assignments, where 1 is the fair share."""
-    return [(s.assignments * (len(s.assignments) / s.assignments.sum().clamp(min=1))).tolist() for s in stats]
+def expert_load(stats: Sequence[RouterStats]) -> Tensor:
+    """Return for each layer every expert's share of the assignments, where 1 is the fair share: (L, E)."""
+    if not stats:
+        return torch.zeros(0, 0)
+    assignments_LE = torch.stack([layer.assignments for layer in stats])
+    return assignments_LE * (assignments_LE.shape[1] / assignments_LE.sum(1, keepdim=True).clamp(min=1))
 
 
 def peak_memory_mb(device: torch.device) -> float:

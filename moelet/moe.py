@@ -82,7 +82,7 @@ def _statistics(ids_TK: Tensor, probability_TE: Tensor, real_T: Tensor | None) -
         probability_TE, chosen_TE = probability_TE * real_T1, chosen_TE * real_T1
         tokens = real_T1.sum()
     else:
-        tokens = chosen_TE.new_tensor(float(chosen_TE.shape[0]))
+        tokens = chosen_TE.new_full((), float(chosen_TE.shape[0]))  # new_tensor would copy it from the host, and wait
     return RouterStats(probability_TE.sum(0), chosen_TE.sum(0), tokens)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -87,20 +87,20 @@ def train_step(training: Training, micro_batches: list[Batch]) -> StepReport:
     """Make one optimizer step from the batches of its micro-steps.
 
     The loss is normalised by the predicted tokens of all micro-batches, and balance is that of all of them: how the
-    global batch is cut changes nothing. Raises UserError on a gradient that isn't finite; the weights are then as
-    before.
+    global batch is cut changes nothing. The batches are on the host, as they come. Raises UserError on a gradient that
+    isn't finite; the weights are then as before.
     """
     model, hparams = training.model.train(), training.hparams
     lr = learning_rate(hparams.optim, training.step, training.plan)
     for group in training.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-    micro_batches = [batch.to(training.device) for batch in micro_batches]
-    labels = torch.cat([batch.labels.flatten() for batch in micro_batches])
-    targets = labels[labels != IGNORE]
+    targets = _targets(micro_batches)
     n_tokens = max(1, len(targets))
+    micro_batches = [batch.to(training.device) for batch in micro_batches]
 
     routing = _route_ahead(training, micro_batches) if len(micro_batches) > 1 and _balances(training) else []
-    nats, balance = 0.0, None
+    nats = torch.zeros((), dtype=torch.float64, device=training.device)
+    balance: list[Tensor] = []
     totals: list[RouterStats] = []
     for index, batch in enumerate(micro_batches):
         with _micro_step(training, index):
@@ -109,16 +109,33 @@ def train_step(training: Training, micro_batches: list[Batch]) -> StepReport:
             cross_entropy = linear_cross_entropy(features_TR, model.table, batch.labels.flatten())
             loss = cross_entropy / n_tokens
             if _balances(training):
-                balance, slopes_LE = balance_slopes(routing or add_stats([], output.router), hparams)
+                value, slopes_LE = balance_slopes(routing or add_stats([], output.router), hparams)
+                balance = [value]
                 loss = loss + (slopes_LE * torch.stack([stats.probability for stats in output.router])).sum()
         (loss if training.scaler is None else training.scaler.scale(loss)).backward()
-        nats += cross_entropy.item()
+        nats += cross_entropy.detach()
         totals = add_stats(totals, output.router)
-    grad_norm, skipped = _update(training)
+    total, grad_norm, load, *balance_loss = _to_host(nats, _clip(training), expert_load(totals), *balance)
+    skipped = _update(training, grad_norm)
     training.step += int(not skipped)
     training.tokens += len(targets)
-    n_bytes = int(training.tokenizer.byte_lengths[targets.cpu().numpy()].sum())
-    return StepReport(nats / n_tokens, len(targets), n_bytes, balance, grad_norm, lr, expert_load(totals), skipped)
+    n_bytes = int(training.tokenizer.byte_lengths[targets].sum())
+    mean_balance = balance_loss[0] if balance_loss else None
+    return StepReport(total / n_tokens, len(targets), n_bytes, mean_balance, grad_norm, lr, load, skipped)
+
+
+def _targets(micro_batches: list[Batch]) -> np.ndarray:
+    """Return all labels that are to be predicted; read while they are on the host, where that makes nobody wait."""
+    labels = np.concatenate([batch.labels.numpy().ravel() for batch in micro_batches])
+    return labels[labels != IGNORE]
+
+
+def _to_host(*tensors: Tensor) -> list[Any]:
+    """Return the tensors' values in one transfer: the only moment of a step in which the host waits for the device."""
+    device = tensors[0].device
+    values = torch.cat([tensor.detach().double().flatten().to(device) for tensor in tensors]).cpu()
+    parts = values.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape).tolist() for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _balances(training: Training) -> bool:
@@ -147,7 +164,7 @@ def _route_ahead(training: Training, micro_batches: list[Batch]) -> list[RouterS
     return totals
 
 
-def balance_slopes(totals: list[RouterStats], hparams: Hparams) -> tuple[float, Tensor]:
+def balance_slopes(totals: list[RouterStats], hparams: Hparams) -> tuple[Tensor, Tensor]:
     """Return the balance loss of the global batch, and alpha times its slope in each layer's summed probabilities.
 
     The slope (L, E) times a micro-batch's own sums has exactly that micro-batch's part of the gradient.
@@ -158,33 +175,37 @@ def balance_slopes(totals: list[RouterStats], hparams: Hparams) -> tuple[float, 
         load_LE = torch.stack([stats.assignments / stats.assignments.sum().clamp(min=1) for stats in totals])
         loss = rule(sums_LE / totals[0].tokens.clamp(min=1), load_LE)
         (slopes_LE,) = torch.autograd.grad(loss, sums_LE)
-    return loss.item(), slopes_LE * hparams.balance.alpha
+    return loss.detach(), slopes_LE * hparams.balance.alpha
 
 
-def _update(training: Training) -> tuple[float, bool]:
-    """Clip and apply the gradients; return their norm and whether fp16 overflow made this step void."""
-    scaler, optimizer = training.scaler, training.optimizer
-    if scaler is not None:
-        scaler.unscale_(optimizer)
+def _clip(training: Training) -> Tensor:
+    """Clip the gradients, once they are those of the loss itself; return their norm before that."""
+    if training.scaler is not None:
+        training.scaler.unscale_(training.optimizer)
     limit = training.hparams.optim.grad_clip or math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_(training.model.parameters(), limit).item()
-    skipped = False
-    if scaler is not None:
-        before = scaler.get_scale()
+    return torch.nn.utils.clip_grad_norm_(training.model.parameters(), limit)
+
+
+def _update(training: Training, grad_norm: float) -> bool:
+    """Apply the gradients; return whether fp16 overflow made this step void."""
+    scaler, optimizer = training.scaler, training.optimizer
+    finite = math.isfinite(grad_norm)
+    if finite and scaler is not None:
         scaler.step(optimizer)
-        scaler.update()
-        skipped = scaler.get_scale() < before
-    elif math.isfinite(grad_norm):
+    elif finite:
         optimizer.step()
+    if scaler is not None:
+        scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    if scaler is None and not math.isfinite(grad_norm):
+    if scaler is None and not finite:
         raise UserError(
             f"the gradient norm is {grad_norm} at step {training.step + 1}; the weights are as before it. Training "
             "can't go on from numbers that aren't finite. Lower optim.lr, set optim.grad_clip, or lengthen "
             "optim.warmup_steps, and start anew or from the last checkpoint."
         )
+    skipped = not finite
     _note_skip(training, skipped)
-    return grad_norm, skipped
+    return skipped
 
 
 def _note_skip(training: Training, skipped: bool) -> None:

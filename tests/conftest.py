@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 
 from moelet.data import training_texts
+from moelet.experts import BACKENDS
 from moelet.hparams import make_hparams
 from moelet.tokenizer import Tokenizer
 
 TinySettings = Callable[..., dict[str, Any]]
+CPU_BACKENDS = [name for name in BACKENDS if name != "triton"]  # tests/test_kernels.py tests that one
 
 TINY: dict[str, dict[str, Any]] = {
     "model": {

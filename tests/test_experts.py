@@ -10,18 +10,21 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CPU_BACKENDS
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moelet import experts
 from moelet.errors import UserError
-from moelet.experts import ACTIVATIONS, BACKENDS, GATED, routed_ffn
-from moelet.kernels import native
+from moelet.experts import ACTIVATIONS, GATED, routed_ffn
+from moelet.kernels import native, sorted_rows
 
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest reference value
+# of the largest reference value
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 KINDS = ("any", "empty experts", "all to one", "ties", "K = 1", "K = E", "T = 0", "T = 1")
 CASES = 200
 STEP = native.TILE_COLUMNS
-PLAIN = [backend for backend in BACKENDS if backend != "fused"]  # of any widths, in any precision
+PLAIN = [backend for backend in CPU_BACKENDS if backend != "fused"]  # of any widths, in any precision
 # backend, what divides its widths, and precision
 RUNS = [(backend, 1, dtype) for backend in [*PLAIN, "auto"] for dtype in TOLERANCE] + [
     (backend, STEP, dtype) for backend in ("fused", "auto") for dtype in (torch.float32, torch.bfloat16)
@@ -69,19 +72,20 @@ def make_case(number: int, step: int = 1) -> Case:
     return Case(kind, activation, x, ids, weights, w_in, w_gate, w_out, normal(t, d))
 
 
-def run(case: Case, backend: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Return the output and every gradient, float64, computed in `dtype`; bfloat16 means under autocast."""
-    wide = torch.float32 if dtype == torch.bfloat16 else dtype
+def run(case: Case, backend: str, dtype: torch.dtype = torch.float64, device: str = "cpu") -> dict[str, Tensor]:
+    """Return the output and every gradient, float64, computed in `dtype`; the half formats mean under autocast."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    wide = torch.float32 if half else dtype
     tensors = {name: getattr(case, name) for name in ("x", "weights", "w_in", "w_gate", "w_out")}
-    leaves = {n: t.to(wide, copy=True).requires_grad_() for n, t in tensors.items() if t is not None}
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        gate = leaves.get("w_gate")
+    leaves = {n: t.to(device, wide, copy=True).requires_grad_() for n, t in tensors.items() if t is not None}
+    gate, ids = leaves.get("w_gate"), case.ids.to(device)
+    with torch.autocast(device, dtype if half else None, enabled=half):
         y = routed_ffn(
-            leaves["x"], case.ids, leaves["weights"], leaves["w_in"], gate, leaves["w_out"], case.activation, backend
+            leaves["x"], ids, leaves["weights"], leaves["w_in"], gate, leaves["w_out"], case.activation, backend
         )
     assert y.dtype == dtype
-    gradients = torch.autograd.grad(y, list(leaves.values()), case.upstream.to(dtype))
-    return {"y": y.detach().double()} | {n: g.double() for n, g in zip(leaves, gradients, strict=True)}
+    gradients = torch.autograd.grad(y, list(leaves.values()), case.upstream.to(device, dtype))
+    return {"y": y.detach().cpu().double()} | {n: g.cpu().double() for n, g in zip(leaves, gradients, strict=True)}
 
 
 def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float, about: str) -> None:
@@ -95,7 +99,7 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: flo
 
 @pytest.mark.parametrize(("backend", "step", "dtype"), RUNS, ids=str)
 def test_backends_equal_the_reference(backend: str, step: int, dtype: torch.dtype) -> None:
-    for number in range(CASES):
+    for number in range(0, CASES, 3 if dtype == torch.float16 else 1):  # CPUs are slow at it
         case = make_case(number, step)
         want = run(case, "reference")
         assert_close(run(case, backend, dtype), want, TOLERANCE[dtype], f"case {number} ({case.kind})")
@@ -259,8 +263,39 @@ def test_unknown_names_are_refused() -> None:
 
 def test_nothing_is_scattered_by_addition() -> None:
     """Adding floats at repeated places gives other bits on every run on a GPU."""
-    calls = [node for node in ast.walk(ast.parse(inspect.getsource(experts))) if isinstance(node, ast.Call)]
+    source = inspect.getsource(experts) + inspect.getsource(sorted_rows)
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     names = {node.func.attr for node in calls if isinstance(node.func, ast.Attribute)}
     assert "index_select" in names
     assert not names & {"index_add", "index_add_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_"}
     assert not names & {"index_put", "index_put_", "put_", "index_reduce", "index_reduce_"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "there", "reason"),
+    [
+        ((9, 0), torch.bfloat16, True, None),
+        ((8, 0), torch.float32, True, None),
+        ((7, 5), torch.float16, True, "capability is 7.5"),
+        ((9, 0), torch.float64, True, "float64"),
+        ((9, 0), torch.bfloat16, False, "no package triton"),
+    ],
+)
+def test_triton_is_for_cards_it_has_tensor_cores_on(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, there: bool, reason: str | None
+) -> None:
+    with FakeTensorMode():
+        x = torch.empty(2, 3, dtype=dtype, device="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(experts, "_triton_there", lambda: there)
+    monkeypatch.setattr(experts, "batched", lambda *_: "batched")
+    monkeypatch.setattr(experts, "triton", lambda *_: "triton")
+    assert experts.auto(x) == ("triton" if reason is None else "batched")
+    found = experts.why_not_triton(x)
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_triton_is_refused_on_a_cpu() -> None:
+    case = make_case(0)
+    with pytest.raises(UserError, match=r'model\.experts is "triton" and .* cpu device.*Set model\.experts to "auto"'):
+        run(case, "triton", torch.float32)

@@ -5,12 +5,12 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 import torch
+from conftest import CPU_BACKENDS
 from torch import Tensor
 
 from moelet import data
 from moelet.attention import ATTENTION
 from moelet.data import Batch
-from moelet.experts import BACKENDS
 from moelet.hparams import ModelSettings
 from moelet.loss import IGNORE, linear_cross_entropy
 from moelet.modelling import GPT, KVCache, positions_within
@@ -18,7 +18,7 @@ from moelet.moe import RouterStats, add_stats
 from moelet.tokenizer import Tokenizer
 
 VOCAB, LENGTH = 29, 16
-COMBINATIONS = list(product(ATTENTION, BACKENDS))
+COMBINATIONS = list(product(ATTENTION, CPU_BACKENDS))
 
 
 def lively(**changes: object) -> GPT:

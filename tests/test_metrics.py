@@ -85,12 +85,12 @@ def test_a_death_while_cutting_leaves_the_old_file(tmp_path: Path, monkeypatch: 
 def test_expert_load_against_a_hand_count() -> None:
     # three tokens, two experts each: expert 0 twice, expert 1 three times, expert 3 once; fair would be 1.5 each
     uneven = RouterStats(torch.ones(4), torch.tensor([2.0, 3.0, 0.0, 1.0]), torch.tensor(3.0))
-    even = RouterStats(torch.ones(2), torch.tensor([5.0, 5.0]), torch.tensor(5.0))
-    none = RouterStats(torch.zeros(2), torch.zeros(2), torch.tensor(0.0))
-    load = expert_load([uneven, even, none])
+    even = RouterStats(torch.ones(4), torch.tensor([5.0, 5.0, 5.0, 5.0]), torch.tensor(10.0))
+    none = RouterStats(torch.zeros(4), torch.zeros(4), torch.tensor(0.0))
+    load = expert_load([uneven, even, none]).tolist()
     assert load[0] == pytest.approx([4 / 3, 2.0, 0.0, 2 / 3])
-    assert load[1:] == [[1.0, 1.0], [0.0, 0.0]]
-    assert expert_load([]) == []
+    assert load[1:] == [[1.0] * 4, [0.0] * 4]
+    assert expert_load([]).tolist() == []
     assert all(isinstance(share, float) for share in load[0])
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CPU_BACKENDS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,14 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from moelet import attention, modelling
 from moelet.attention import ATTENTION
 from moelet.errors import UserError
-from moelet.experts import BACKENDS
 from moelet.hparams import ModelSettings
 from moelet.loss import linear_cross_entropy
 from moelet.modelling import GPT, KVCache
 
 VOCAB, CONTEXT = 29, 12
 SMALL = {"max_length": CONTEXT, "d_model": 96, "d_embed": 8, "n_layers": 2, "n_heads": 3, "d_ff": 160, "n_experts": 5}
-COMBINATIONS = list(product(ATTENTION, BACKENDS))
+COMBINATIONS = list(product(ATTENTION, CPU_BACKENDS))
 
 
 def lively(seed: int = 0, **changes: object) -> GPT:

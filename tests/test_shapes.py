@@ -151,6 +151,7 @@ def traced() -> tuple[set[tuple[str, str]], list[str]]:
             for new in (None, torch.ones(2, 10, dtype=torch.bool)):
                 cache, rest = continue_cached(model)
                 add(lambda model=model, cache=cache, rest=rest, new=new: model(rest, new, cache), CACHED)
+        add(lambda: train_once(tiny(experts="batched", activation="swiglu")), FULL)
         dense = {**FULL, "F": 30}
         add(lambda: train_once(tiny(n_experts=1, top_k=1, activation="swiglu")), dense)
         logits = torch.randn(2, 37)

@@ -133,7 +133,7 @@ def test_balance_ignores_padding(tokenizer: Tokenizer) -> None:
     with torch.no_grad():
         bare, _ = balance_slopes(training.model(alone).router, training.hparams)
         full, _ = balance_slopes(training.model(padded, padded != tokenizer.pad_id).router, training.hparams)
-    assert full == pytest.approx(bare, rel=1e-6)
+    assert full.item() == pytest.approx(bare.item(), rel=1e-6)
 
 
 def test_balance_slopes_are_the_gradient_of_the_formula(tokenizer: Tokenizer) -> None:
@@ -145,7 +145,7 @@ def test_balance_slopes_are_the_gradient_of_the_formula(tokenizer: Tokenizer) ->
     probability = torch.stack([s.probability / s.tokens for s in stats])
     load = torch.stack([s.assignments / (s.tokens * 2) for s in stats])
     expected = 8 * (load * probability).sum(-1).mean()
-    assert value == pytest.approx(expected.item(), rel=1e-12)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-12)
     surrogate = (slopes * torch.stack([s.probability for s in stats])).sum()
     router = training.layers[0].mlp.gate.weight
     (actual,) = torch.autograd.grad(surrogate, router, retain_graph=True)

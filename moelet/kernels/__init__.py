@@ -1,1 +1,1 @@
-"""Hand-written kernels: C for CPUs, built by the machine's own compiler on first use."""
+"""Hand-written kernels: C for CPUs, built by the machine's own compiler on first use; Triton for CUDA."""
