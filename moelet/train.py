@@ -40,6 +40,7 @@ from moelet.tokenizer import Tokenizer
 # what may change at resume: nothing that the weights depend on
 FREE_SETTINGS = {
     "run", "device", "eval_steps", "eval_tokens", "log_steps", "checkpoint_steps", "keep_checkpoints", "sample_prompt",
+    "memory_limit_gb", "checkpoint_activations",
 }  # fmt: skip
 
 
@@ -96,11 +97,13 @@ def make_tokenizer(hparams: Hparams) -> Tokenizer:
 def identity(hparams: Hparams, tokenizer: Tokenizer) -> dict[str, str]:
     """Return the fingerprints that a checkpoint and the run resuming it must share.
 
-    Where files lie doesn't count, only what is in them: text and tokenizer have fingerprints of their own.
+    Where files lie doesn't count, only what is in them: text and tokenizer have fingerprints of their own. Nor does
+    how a step is cut into micro-steps, where the settings give its size as a whole.
     """
     places: Any = {"files": True, "mix": {"__all__": {"files"}}}
+    cut = {"global_batch_size"} if hparams.train.global_batch_size is None else {"batch_size", "gradient_accumulation"}
     settings = hparams.model_dump(
-        mode="json", exclude={"train": FREE_SETTINGS.union(LENGTHS), "data": places, "tokenizer": {"file"}}
+        mode="json", exclude={"train": FREE_SETTINGS.union(LENGTHS, cut), "data": places, "tokenizer": {"file"}}
     )
     source = pick(SOURCES, hparams.data.source, "data.source").fingerprint(hparams.data)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -273,12 +276,12 @@ def train(training: Training, run: Path, progress: Progress, clock: Clock) -> No
     saved.
     """
     hparams, tokenizer = training.hparams, training.tokenizer
-    length, size = hparams.model.max_length, hparams.train.batch_size
+    length, size, sizes = hparams.model.max_length, hparams.batch_size, hparams.micro_batches
     validation = read_validation(hparams.data, tokenizer, length, size, hparams.train.eval_tokens, "validation")
     introduce(training, run, validation, progress)
     rate = matrix_rate(training.device, training.dtype)
     session = Session(training, run, progress, validation, rate, identity(hparams, tokenizer), clock)
-    stream = training_batches(hparams.data, tokenizer, length, size, hparams.train.seed, training.cursor)
+    stream = training_batches(hparams.data, tokenizer, length, sizes, hparams.train.seed, training.cursor)
     with stop_signals() as received, Prefetch(stream, PREFETCH_BATCHES) as batches, progress:
         while training.total_steps is None or training.step < training.total_steps:
             if received:

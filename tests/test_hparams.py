@@ -288,6 +288,7 @@ COMPANY: dict[str, dict[str, Any]] = {
     "model.d_model": {"n_heads": 1},
     "model.d_ff": {"n_experts": 1, "top_k": 1},
     "model.n_experts": {"top_k": 1},
+    "train.global_batch_size": {"batch_size": 1},
 }
 
 
