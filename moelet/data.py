@@ -232,6 +232,14 @@ def padded(pieces: list[np.ndarray], length: int) -> np.ndarray:
     return np.concatenate([packed([piece], length) for piece in pieces])
 
 
+def windows_of_rows(
+    settings: DataSettings, tokenizer: Tokenizer, length: int, seed: int, at: Cursor
+) -> Iterator[tuple[np.ndarray, Cursor]]:
+    """Yield the rows of window after window without end, each with the cursor of its start."""
+    rows_of = packed if settings.packing else padded
+    return ((rows_of(encoded(pieces, tokenizer), length), at) for pieces, at in epochs(settings, seed, at))
+
+
 def training_rows(
     settings: DataSettings, tokenizer: Tokenizer, length: int, seed: int, at: Cursor
 ) -> Iterator[tuple[np.ndarray, Cursor]]:
@@ -239,8 +247,7 @@ def training_rows(
 
     While one window is used up, a thread reads and encodes the next.
     """
-    rows_of = packed if settings.packing else padded
-    windows = ((rows_of(encoded(pieces, tokenizer), length), at) for pieces, at in epochs(settings, seed, at))
+    windows = windows_of_rows(settings, tokenizer, length, seed, at)
     positions, padding = at["positions"], at["padding"]
     with Prefetch(windows, PREFETCH_WINDOWS) as ahead:
         while True:

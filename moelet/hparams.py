@@ -220,16 +220,16 @@ class TrainSettings(Section):
     @model_validator(mode="after")
     def _one_batch(self) -> Self:
         size, whole = self.batch_size, self.global_batch_size
+        if size != "auto" and self.memory_limit_gb is not None:
+            raise ValueError(
+                f"memory_limit_gb is {self.memory_limit_gb:g} and batch_size is {size}. The limit is what a batch "
+                'size is looked for in. Set train.batch_size to "auto", or train.memory_limit_gb to null.'
+            )
         if whole is None:
             if size == "auto":
                 raise ValueError(
                     'batch_size is "auto" and global_batch_size is null. What a step learns from must not depend on '
                     "memory. Set train.global_batch_size to the sequences an optimizer step, such as 32."
-                )
-            if self.memory_limit_gb is not None:
-                raise ValueError(
-                    f"memory_limit_gb is {self.memory_limit_gb:g} and batch_size is {size}. The limit is what a batch "
-                    'size is looked for in. Set train.batch_size to "auto", or train.memory_limit_gb to null.'
                 )
             return self
         if self.gradient_accumulation != 1:

@@ -25,6 +25,7 @@ from moelet.data import PREFETCH_BATCHES, Prefetch, Validation, read_validation,
 from moelet.disk import write_file
 from moelet.errors import Interrupted, UserError, pick
 from moelet.experts import ACTIVATIONS, BACKENDS
+from moelet.fit import find_batch_size
 from moelet.hparams import LENGTHS, Hparams, read_hparams
 from moelet.loss import BALANCE
 from moelet.metrics import METRICS_FILE, cut_metrics, last_elapsed, matrix_rate
@@ -132,17 +133,20 @@ def start(hparams: Hparams, run: Path, progress: Progress, began: float | None =
                 f"{run} holds a run with checkpoints. A new run needs a folder of its own: give another --run, or go "
                 f"on with this one: python -m moelet train --resume {run}"
             )
-        train(_fresh(pinned(hparams), run), run, progress, clock)
+        train(_fresh(pinned(hparams), run, progress), run, progress, clock)
 
 
-def _fresh(hparams: Hparams, run: Path) -> Training:
-    """Return a run at its first step, its folder cleared of what an earlier try left and its tokenizer made."""
+def _fresh(hparams: Hparams, run: Path, progress: Progress) -> Training:
+    """Return a run at its first step: its folder cleared of what an earlier try left, its tokenizer made, its batch
+    size found."""
     for leftover in (METRICS_FILE, TOKENIZER):
         (run / leftover).unlink(missing_ok=True)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     write_file(run / HPARAMS, hparams.to_json().encode())
     tokenizer = make_tokenizer(hparams)
     write_file(run / TOKENIZER, tokenizer.model_bytes)
+    hparams = find_batch_size(hparams, tokenizer, run / TOKENIZER, progress)
+    write_file(run / HPARAMS, hparams.to_json().encode())
     return build(hparams, tokenizer)
 
 
@@ -165,7 +169,10 @@ def resume(
         spent = spent_on(run)
         limit = [] if seconds is None else [f"train.time_budget={spent + seconds}"]
         hparams = read_hparams(settings or run / HPARAMS, [*changes, *limit])
-        hparams = pinned(with_commits_of(read_hparams(run / HPARAMS), hparams))
+        saved = read_hparams(run / HPARAMS)
+        if not any(change.startswith("train.batch_size=") for change in changes):
+            hparams = with_batch_size_of(saved, hparams)
+        hparams = pinned(with_commits_of(saved, hparams))
         check(hparams)
         if checkpoint.checkpoint_steps(run):
             training = _restored(hparams, run, progress)
@@ -175,7 +182,7 @@ def resume(
                 progress.say("this run is finished: nothing is left to train, whatever the time.")
         else:
             progress.say(f"{run} has no checkpoint yet: starting over.")
-            training = _fresh(hparams, run)
+            training = _fresh(hparams, run, progress)
         train(training, run, progress, Clock(spent, time.monotonic() if began is None else began))
 
 
@@ -204,6 +211,15 @@ def with_commits_of(saved: Hparams, hparams: Hparams) -> Hparams:
     return hparams.model_copy(update={"data": data})
 
 
+def with_batch_size_of(saved: Hparams, hparams: Hparams) -> Hparams:
+    """Return `hparams` where "auto" stays at the size that the run has found, as long as a step's is the same."""
+    old, new = saved.train, hparams.train
+    if new.batch_size != "auto" or old.batch_size == "auto" or old.global_batch_size != new.global_batch_size:
+        return hparams
+    kept = new.model_copy(update={"batch_size": old.batch_size, "memory_limit_gb": None})
+    return hparams.model_copy(update={"train": kept})
+
+
 def _restored(hparams: Hparams, run: Path, progress: Progress) -> Training:
     """Return the run as its newest checkpoint that verifies has it; metrics.jsonl is cut back to that step."""
     saved_hparams, tokenizer = load_run_settings(run)
@@ -218,6 +234,7 @@ def _restored(hparams: Hparams, run: Path, progress: Progress) -> Training:
         )
     saved = checkpoint.read(run, step)
     refuse_another_run(run, saved.identity, identity(hparams, tokenizer), saved_hparams, hparams)
+    hparams = find_batch_size(hparams, tokenizer, run / TOKENIZER, progress)
     training = build(hparams, tokenizer)
     restore(training, saved)
     write_file(run / HPARAMS, hparams.to_json().encode())
