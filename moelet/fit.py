@@ -36,7 +36,7 @@ from moelet.tokenizer import Tokenizer
 
 GIB, MIB = 2**30, 2**20
 FREE_SHARE = 0.9  # of the free memory is taken where no limit is given: others use the machine, too
-GAPS = 0.15  # of what steps take is lost to gaps in the heap as a run goes on: 9% between the second step and the sixth
+GAPS = 0.2  # of what steps take is lost to gaps in the heap: 16% from two steps of two micro-batches to two of ten
 REST_BYTES = 64 * 2**20  # of a CPU run besides its steps and its text: threads' heaps, evaluation, the drawn report
 REHEARSED = 2  # steps that a size is tried for: the heap settles in the second
 STEADY = 0.1  # memory grows as it will go on to, where two doublings in a row agree on a row's within this share
