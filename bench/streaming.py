@@ -85,7 +85,7 @@ def measure(given: argparse.Namespace) -> None:
     tokenizer = Tokenizer.train(texts, hparams.tokenizer.vocab_size, sample_bytes=hparams.tokenizer.sample_bytes)
     alone = rows_alone(hparams, tokenizer, 5.0)
     training = build(hparams, tokenizer)
-    arguments = (hparams.data, tokenizer, hparams.model.max_length, given.batch_size, 0, START)
+    arguments = (hparams.data, tokenizer, hparams.model.max_length, [given.batch_size], 0, START)
     at_hand = list(islice(training_batches(*arguments), STEPS))
     streamed, still, waits = [], [], []
     with Prefetch(training_batches(*arguments), PREFETCH_BATCHES) as batches:

@@ -48,8 +48,10 @@ def workload_of(path: Path | None, batch_size: int | None) -> Workload:
     Raises UserError for settings that don't fit.
     """
     hparams = make_hparams(REFERENCE) if path is None else read_hparams(path)
-    size = batch_size or hparams.train.batch_size
-    train = hparams.train.model_copy(update={"batch_size": size, "gradient_accumulation": 1})
+    if batch_size is None and hparams.train.batch_size == "auto":
+        raise UserError('train.batch_size is "auto". A comparison needs a size that all can take. Give --batch-size.')
+    size = batch_size or hparams.batch_size
+    train = hparams.train.model_copy(update={"batch_size": size, "gradient_accumulation": 1, "global_batch_size": None})
     hparams = hparams.model_copy(update={"train": train})
     pieces = hparams.tokenizer.vocab_size
     if hparams.model.vocab_size is None and hparams.tokenizer.file is not None:
@@ -108,7 +110,7 @@ def bench(
             others[name] = (precisions(name, workload), ("kept",) if name in OWN else allocators)
         except UserError as error:
             failed[name] = str(error)
-    shape = (hparams.model, workload.vocab_size, hparams.train.batch_size)
+    shape = (hparams.model, workload.vocab_size, hparams.batch_size)
     our_precision = precisions("moelet", workload)[0]
     decoding = {name: (decode_precisions(workload), ("kept",)) for name in choose_decoders(variants)}
     try:
@@ -129,7 +131,7 @@ def bench(
         "machine": machine(device),
         "shape": {
             "vocab_size": workload.vocab_size,
-            "batch_size": hparams.train.batch_size,
+            "batch_size": hparams.batch_size,
             **hparams.model.model_dump(),
         },
         "rounds": rounds,

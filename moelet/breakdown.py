@@ -128,7 +128,7 @@ def data_seconds(hparams: Hparams) -> float:
     """
     data = DataSettings(shuffle_window=DATA_WINDOW)
     tokenizer = Tokenizer.train(training_texts(data, 0), DATA_VOCABULARY, sample_bytes=DATA_SAMPLE)
-    made = training_batches(data, tokenizer, hparams.model.max_length, hparams.train.batch_size, 0, START)
+    made = training_batches(data, tokenizer, hparams.model.max_length, [hparams.batch_size], 0, START)
     began, used, count = time.perf_counter(), time.process_time(), 0
     while count == 0 or time.perf_counter() - began < DATA_SECONDS:
         next(made)

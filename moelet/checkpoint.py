@@ -76,6 +76,15 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def serialised(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Return the files of a checkpoint, all but its manifest."""
+    return {
+        MODEL: safetensors.torch.save(_on_cpu(checkpoint.model)),
+        OPTIMIZER: safetensors.torch.save(_on_cpu(checkpoint.optimizer)),
+        STATE: json.dumps(checkpoint.state).encode(),
+    }
+
+
 def save(run: Path, checkpoint: Checkpoint) -> None:
     """Write the checkpoint; either all of it is there afterwards, or none. Those of later steps are removed: a run
     comes to an earlier step again only where they didn't verify.
@@ -83,11 +92,7 @@ def save(run: Path, checkpoint: Checkpoint) -> None:
     Raises TemporaryError when the disk doesn't take it; what was there before is untouched.
     """
     target = _folder(run, checkpoint.step)
-    parts = {
-        MODEL: safetensors.torch.save(_on_cpu(checkpoint.model)),
-        OPTIMIZER: safetensors.torch.save(_on_cpu(checkpoint.optimizer)),
-        STATE: json.dumps(checkpoint.state).encode(),
-    }
+    parts = serialised(checkpoint)
     manifest = {
         "format": FORMAT,
         "step": checkpoint.step,

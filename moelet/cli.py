@@ -206,9 +206,7 @@ def evaluate(
     model, tokenizer, _, step = load(run, device)
     limit = tokens or (hparams.train.eval_tokens if data is None else None)
     split = "validation" if data is None else "all"
-    text = read_validation(
-        hparams.data, tokenizer, hparams.model.max_length, hparams.train.batch_size, limit, split
-    )  # fmt: skip
+    text = read_validation(hparams.data, tokenizer, hparams.model.max_length, hparams.batch_size, limit, split)
     result = evaluation.evaluate(model, text, choose_dtype(hparams.train.precision, device))
     rows = [
         ("loss", f"{result.loss:.4f} nats per token"),

@@ -16,7 +16,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
@@ -236,6 +236,14 @@ def padded(pieces: list[np.ndarray], length: int) -> np.ndarray:
     return np.concatenate([packed([piece], length) for piece in pieces])
 
 
+def windows_of_rows(
+    settings: DataSettings, tokenizer: Tokenizer, length: int, seed: int, at: Cursor
+) -> Iterator[tuple[np.ndarray, Cursor]]:
+    """Yield the rows of window after window without end, each with the cursor of its start."""
+    rows_of = packed if settings.packing else padded
+    return ((rows_of(encoded(pieces, tokenizer), length), at) for pieces, at in epochs(settings, seed, at))
+
+
 def training_rows(
     settings: DataSettings, tokenizer: Tokenizer, length: int, seed: int, at: Cursor
 ) -> Iterator[tuple[np.ndarray, Cursor]]:
@@ -243,8 +251,7 @@ def training_rows(
 
     While one window is used up, a thread reads and encodes the next.
     """
-    rows_of = packed if settings.packing else padded
-    windows = ((rows_of(encoded(pieces, tokenizer), length), at) for pieces, at in epochs(settings, seed, at))
+    windows = windows_of_rows(settings, tokenizer, length, seed, at)
     positions, padding = at["positions"], at["padding"]
     with Prefetch(windows, PREFETCH_WINDOWS) as ahead:
         while True:
@@ -274,19 +281,22 @@ def collate(rows: list[np.ndarray], mask_documents: bool) -> Batch:
 
 
 def batches(
-    rows: Iterator[tuple[np.ndarray, Cursor]], size: int, mask_documents: bool
+    rows: Iterator[tuple[np.ndarray, Cursor]], sizes: Sequence[int], mask_documents: bool
 ) -> Iterator[tuple[Batch, Cursor]]:
-    """Yield batches of `size` rows, each with its last row's cursor."""
-    while True:
+    """Yield batches of as many rows as `sizes` say, over and over, each with its last row's cursor."""
+    for size in itertools.cycle(sizes):
         group = list(itertools.islice(rows, size))
         yield collate([row for row, _ in group], mask_documents), group[-1][1]
 
 
 def training_batches(
-    settings: DataSettings, tokenizer: Tokenizer, length: int, size: int, seed: int, at: Cursor
+    settings: DataSettings, tokenizer: Tokenizer, length: int, sizes: Sequence[int], seed: int, at: Cursor
 ) -> Iterator[tuple[Batch, Cursor]]:
-    """Yield batches without end, from cursor `at` on. Raises UserError when the data holds no text."""
-    return batches(training_rows(settings, tokenizer, length, seed, at), size, settings.mask_documents)
+    """Yield batches without end, from cursor `at` on: those of one step after the other, `sizes` rows each.
+
+    How a step is cut doesn't change which rows it has. Raises UserError when the data holds no text.
+    """
+    return batches(training_rows(settings, tokenizer, length, seed, at), sizes, settings.mask_documents)
 
 
 def training_texts(settings: DataSettings, seed: int) -> Iterator[str]:

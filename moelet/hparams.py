@@ -9,13 +9,14 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moelet.errors import UserError, nearest
 
 LENGTHS = ("train_steps", "train_tokens", "time_budget")  # three ways to say how long a run is
+UNION_BRANCHES = ("list[", "str", "constrained", "literal[")  # how pydantic names the parts of `int | str` in a place
 LONGEST_VALUE = 60  # characters of a wrong value that its message shows
 
 
@@ -182,8 +183,19 @@ class TrainSettings(Section):
     run: str | None = Field(None, description="the run folder; null: runs/<settings file>-<time>")
     seed: int = Field(0, ge=0, le=2**63 - 1)
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    batch_size: int = Field(8, ge=1, description="sequences a micro-step")
-    gradient_accumulation: int = Field(1, ge=1, description="micro-steps an optimizer step")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        8, description='sequences a micro-step; "auto": as many as fit in memory, with the same global_batch_size'
+    )
+    gradient_accumulation: int = Field(1, ge=1, description="micro-steps an optimizer step; or set the next")
+    global_batch_size: int | None = Field(
+        None, ge=1, description="sequences an optimizer step, exactly: its last micro-step takes what is left"
+    )
+    memory_limit_gb: float | None = Field(
+        None,
+        gt=0,
+        description='for batch_size "auto": GiB of the card or process; null: nine tenths of what is free',
+    )
+    checkpoint_activations: bool = Field(False, description="compute each layer again in backward: memory for time")
     train_steps: int | None = Field(None, ge=1, description="optimizer steps; or set one of the next two")
     train_tokens: int | None = Field(None, ge=1, description="tokens, rounded up to whole steps")
     time_budget: float | None = Field(None, gt=0, description="seconds from start to report, of all sessions together")
@@ -205,6 +217,34 @@ class TrainSettings(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_batch(self) -> Self:
+        size, whole = self.batch_size, self.global_batch_size
+        if size != "auto" and self.memory_limit_gb is not None:
+            raise ValueError(
+                f"memory_limit_gb is {self.memory_limit_gb:g} and batch_size is {size}. The limit is what a batch "
+                'size is looked for in. Set train.batch_size to "auto", or train.memory_limit_gb to null.'
+            )
+        if whole is None:
+            if size == "auto":
+                raise ValueError(
+                    'batch_size is "auto" and global_batch_size is null. What a step learns from must not depend on '
+                    "memory. Set train.global_batch_size to the sequences an optimizer step, such as 32."
+                )
+            return self
+        if self.gradient_accumulation != 1:
+            raise ValueError(
+                f"gradient_accumulation is {self.gradient_accumulation} and global_batch_size is {whole}. The number "
+                "of micro-steps follows from the latter. Set train.gradient_accumulation to 1, or "
+                "train.global_batch_size to null."
+            )
+        if size != "auto" and size > whole:
+            raise ValueError(
+                f"batch_size is {size} and global_batch_size is {whole}. A micro-step is a part of the step. Set "
+                f"train.batch_size to at most {whole}."
+            )
+        return self
+
 
 class Hparams(Section):
     """All settings of a run, as `hparams.json` holds them."""
@@ -217,9 +257,23 @@ class Hparams(Section):
     train: TrainSettings
 
     @property
+    def batch_size(self) -> int:
+        """Sequences a micro-step, once they are known: `moelet.fit` finds "auto" before a run is built."""
+        assert self.train.batch_size != "auto"
+        return self.train.batch_size
+
+    @property
+    def micro_batches(self) -> list[int]:
+        """Sequences of each micro-step of an optimizer step."""
+        if self.train.global_batch_size is None:
+            return [self.batch_size] * self.train.gradient_accumulation
+        whole, rest = divmod(self.train.global_batch_size, self.batch_size)
+        return [self.batch_size] * whole + ([rest] if rest else [])
+
+    @property
     def tokens_per_step(self) -> int:
         """Positions of one optimizer step, padding included."""
-        return self.train.batch_size * self.train.gradient_accumulation * self.model.max_length
+        return (self.train.global_batch_size or sum(self.micro_batches)) * self.model.max_length
 
     @property
     def total_steps(self) -> int | None:
@@ -293,7 +347,7 @@ def _apply(data: dict[str, Any], change: str) -> None:
 def _explain(problem: Any) -> str:
     """Return one line for a pydantic error: the setting, what was given, what is needed."""
     location = [str(part) for part in problem["loc"]]
-    setting = ".".join(part for part in location if not part.startswith("list[") and part not in ("str", "constrained"))
+    setting = ".".join(part for part in location if not part.startswith(UNION_BRANCHES))
     if problem["type"] == "extra_forbidden":
         known = list(_owner(location).model_fields)
         hint = nearest(location[-1], known) or f" Known here: {', '.join(known)}."
@@ -308,6 +362,8 @@ def _explain(problem: Any) -> str:
     need = problem["msg"].removeprefix("Input should be ")
     if setting == "data.files":
         need = "a string or a list of strings (on the command line: '[\"2024\"]')"
+    if setting == "train.batch_size":
+        need = 'an integer greater than or equal to 1, or "auto"'
     given = json.dumps(problem["input"])
     given = given if len(given) <= LONGEST_VALUE else f"{given[:LONGEST_VALUE]}..."
     return f"{setting} is {given}. It must be {need}. Change it{_or_default(location)}."

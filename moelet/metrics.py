@@ -1,6 +1,7 @@
 """What a run measures about itself: metrics.jsonl, expert load, memory, and the machine's matrix rate for MFU."""
 
 import json
+import re
 import resource
 import sys
 import time
@@ -70,6 +71,9 @@ def peak_memory_mb(device: torch.device) -> float:
     """Return the most memory used so far, in MB of 2^20 bytes: of the device, on a CPU of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")  # for getrusage, a process begins with what the one that started it had
+    if status.exists() and (found := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)):
+        return int(found[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB elsewhere
 

@@ -17,11 +17,13 @@ The law of initialisation. Every matrix and table is normal with mean 0, and:
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moelet.attention import causal_attention
 from moelet.errors import UserError
@@ -187,6 +189,7 @@ class GPT(nn.Module):
         self.norm = nn.RMSNorm(settings.d_model, eps=NORM_EPS)
         rank = settings.d_embed or settings.d_model
         self.lm_head = None if settings.tie_embeddings else nn.Linear(rank, vocab_size, bias=False)
+        self.checkpoint_activations = False  # keep what enters a layer alone, and compute the layer again in backward
         self.initialise()
 
     @property
@@ -214,8 +217,10 @@ class GPT(nn.Module):
         else:
             positions_BS = positions_within(segments_BL)[:, start:]
         x_BSD, branch_BSD, router = None, self.embed(ids_BS, positions_BS), []
+        again = self.checkpoint_activations and torch.is_grad_enabled()
         for layer in self.layers:
-            x_BSD, branch_BSD, stats = layer(x_BSD, branch_BSD, real_T, segments_BL, cache)
+            run = partial(checkpoint, layer, use_reentrant=False) if again else layer
+            x_BSD, branch_BSD, stats = run(x_BSD, branch_BSD, real_T, segments_BL, cache)
             router += [] if stats is None else [stats]
         if cache is not None:
             cache.length += n_new

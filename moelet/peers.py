@@ -42,7 +42,7 @@ class Workload(NamedTuple):
 
     @property
     def tokens_per_step(self) -> int:
-        return self.hparams.train.batch_size * self.hparams.model.max_length
+        return self.hparams.batch_size * self.hparams.model.max_length
 
 
 class Side(NamedTuple):
@@ -68,7 +68,7 @@ def zipf_batches(workload: Workload) -> Iterator[Batch]:
     draw = torch.Generator().manual_seed(workload.hparams.train.seed)
     settings, first = workload.hparams.model, Tokenizer.pad_id + 1
     probability_V = 1 / (torch.arange(1, workload.vocab_size - first + 1) + float(ZIPF_OFFSET))
-    shape = (workload.hparams.train.batch_size, settings.max_length + 1)
+    shape = (workload.hparams.batch_size, settings.max_length + 1)
     drawn = []
     for _ in range(BATCHES):
         ids = first + torch.multinomial(probability_V, shape[0] * shape[1], True, generator=draw).view(shape)

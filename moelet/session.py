@@ -55,10 +55,11 @@ class Session:
         everything saved.
         """
         training, settings = self.training, self.training.hparams.train
+        micro_steps = len(training.hparams.micro_batches)
         began, before = time.perf_counter(), training.step
         items: list[tuple[Batch, Cursor]] = []
         try:
-            while len(items) < settings.gradient_accumulation:
+            while len(items) < micro_steps:
                 if (item := batches.wait(enough)) is None:
                     return
                 items.append(item)

@@ -73,6 +73,7 @@ def build(hparams: Hparams, tokenizer: Tokenizer) -> Training:
     dtype = choose_dtype(hparams.train.precision, device)
     torch.manual_seed(hparams.train.seed)
     model = GPT(hparams.model, tokenizer.vocab_size).to(device)
+    model.checkpoint_activations = hparams.train.checkpoint_activations
     optimizer = pick(OPTIMIZERS, hparams.optim.optimizer, "optim.optimizer")(model, hparams.optim)
     plan = [] if hparams.total_steps is None else [[0, hparams.total_steps]]
     return Training(hparams, tokenizer, model, optimizer, make_scaler(dtype, device), device, dtype, plan=plan)

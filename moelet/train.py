@@ -25,6 +25,7 @@ from moelet.data import PREFETCH_BATCHES, Prefetch, Validation, read_validation,
 from moelet.disk import write_file
 from moelet.errors import Interrupted, UserError, pick
 from moelet.experts import ACTIVATIONS, BACKENDS
+from moelet.fit import find_batch_size
 from moelet.hparams import LENGTHS, Hparams, read_hparams
 from moelet.loss import BALANCE
 from moelet.metrics import METRICS_FILE, cut_metrics, last_elapsed, matrix_rate
@@ -40,6 +41,7 @@ from moelet.tokenizer import Tokenizer
 # what may change at resume: nothing that the weights depend on
 FREE_SETTINGS = {
     "run", "device", "eval_steps", "eval_tokens", "log_steps", "checkpoint_steps", "keep_checkpoints", "sample_prompt",
+    "memory_limit_gb", "checkpoint_activations",
 }  # fmt: skip
 
 
@@ -96,11 +98,13 @@ def make_tokenizer(hparams: Hparams) -> Tokenizer:
 def identity(hparams: Hparams, tokenizer: Tokenizer) -> dict[str, str]:
     """Return the fingerprints that a checkpoint and the run resuming it must share.
 
-    Where files lie doesn't count, only what is in them: text and tokenizer have fingerprints of their own.
+    Where files lie doesn't count, only what is in them: text and tokenizer have fingerprints of their own. Nor does
+    how a step is cut into micro-steps, where the settings give its size as a whole.
     """
     places: Any = {"files": True, "mix": {"__all__": {"files"}}}
+    cut = {"global_batch_size"} if hparams.train.global_batch_size is None else {"batch_size", "gradient_accumulation"}
     settings = hparams.model_dump(
-        mode="json", exclude={"train": FREE_SETTINGS.union(LENGTHS), "data": places, "tokenizer": {"file"}}
+        mode="json", exclude={"train": FREE_SETTINGS.union(LENGTHS, cut), "data": places, "tokenizer": {"file"}}
     )
     source = pick(SOURCES, hparams.data.source, "data.source").fingerprint(hparams.data)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -129,17 +133,20 @@ def start(hparams: Hparams, run: Path, progress: Progress, began: float | None =
                 f"{run} holds a run with checkpoints. A new run needs a folder of its own: give another --run, or go "
                 f"on with this one: python -m moelet train --resume {run}"
             )
-        train(_fresh(pinned(hparams), run), run, progress, clock)
+        train(_fresh(pinned(hparams), run, progress), run, progress, clock)
 
 
-def _fresh(hparams: Hparams, run: Path) -> Training:
-    """Return a run at its first step, its folder cleared of what an earlier try left and its tokenizer made."""
+def _fresh(hparams: Hparams, run: Path, progress: Progress) -> Training:
+    """Return a run at its first step: its folder cleared of what an earlier try left, its tokenizer made, its batch
+    size found."""
     for leftover in (METRICS_FILE, TOKENIZER):
         (run / leftover).unlink(missing_ok=True)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     write_file(run / HPARAMS, hparams.to_json().encode())
     tokenizer = make_tokenizer(hparams)
     write_file(run / TOKENIZER, tokenizer.model_bytes)
+    hparams = find_batch_size(hparams, tokenizer, run / TOKENIZER, progress)
+    write_file(run / HPARAMS, hparams.to_json().encode())
     return build(hparams, tokenizer)
 
 
@@ -162,7 +169,10 @@ def resume(
         spent = spent_on(run)
         limit = [] if seconds is None else [f"train.time_budget={spent + seconds}"]
         hparams = read_hparams(settings or run / HPARAMS, [*changes, *limit])
-        hparams = pinned(with_commits_of(read_hparams(run / HPARAMS), hparams))
+        saved = read_hparams(run / HPARAMS)
+        if not any(change.startswith("train.batch_size=") for change in changes):
+            hparams = with_batch_size_of(saved, hparams)
+        hparams = pinned(with_commits_of(saved, hparams))
         check(hparams)
         if checkpoint.checkpoint_steps(run):
             training = _restored(hparams, run, progress)
@@ -172,7 +182,7 @@ def resume(
                 progress.say("this run is finished: nothing is left to train, whatever the time.")
         else:
             progress.say(f"{run} has no checkpoint yet: starting over.")
-            training = _fresh(hparams, run)
+            training = _fresh(hparams, run, progress)
         train(training, run, progress, Clock(spent, time.monotonic() if began is None else began))
 
 
@@ -201,6 +211,15 @@ def with_commits_of(saved: Hparams, hparams: Hparams) -> Hparams:
     return hparams.model_copy(update={"data": data})
 
 
+def with_batch_size_of(saved: Hparams, hparams: Hparams) -> Hparams:
+    """Return `hparams` where "auto" stays at the size that the run has found, as long as a step's is the same."""
+    old, new = saved.train, hparams.train
+    if new.batch_size != "auto" or old.batch_size == "auto" or old.global_batch_size != new.global_batch_size:
+        return hparams
+    kept = new.model_copy(update={"batch_size": old.batch_size, "memory_limit_gb": None})
+    return hparams.model_copy(update={"train": kept})
+
+
 def _restored(hparams: Hparams, run: Path, progress: Progress) -> Training:
     """Return the run as its newest checkpoint that verifies has it; metrics.jsonl is cut back to that step."""
     saved_hparams, tokenizer = load_run_settings(run)
@@ -215,6 +234,7 @@ def _restored(hparams: Hparams, run: Path, progress: Progress) -> Training:
         )
     saved = checkpoint.read(run, step)
     refuse_another_run(run, saved.identity, identity(hparams, tokenizer), saved_hparams, hparams)
+    hparams = find_batch_size(hparams, tokenizer, run / TOKENIZER, progress)
     training = build(hparams, tokenizer)
     restore(training, saved)
     write_file(run / HPARAMS, hparams.to_json().encode())
@@ -273,12 +293,12 @@ def train(training: Training, run: Path, progress: Progress, clock: Clock) -> No
     saved.
     """
     hparams, tokenizer = training.hparams, training.tokenizer
-    length, size = hparams.model.max_length, hparams.train.batch_size
+    length, size, sizes = hparams.model.max_length, hparams.batch_size, hparams.micro_batches
     validation = read_validation(hparams.data, tokenizer, length, size, hparams.train.eval_tokens, "validation")
     introduce(training, run, validation, progress)
     rate = matrix_rate(training.device, training.dtype)
     session = Session(training, run, progress, validation, rate, identity(hparams, tokenizer), clock)
-    stream = training_batches(hparams.data, tokenizer, length, size, hparams.train.seed, training.cursor)
+    stream = training_batches(hparams.data, tokenizer, length, sizes, hparams.train.seed, training.cursor)
     with stop_signals() as received, Prefetch(stream, PREFETCH_BATCHES) as batches, progress:
         while training.total_steps is None or training.step < training.total_steps:
             if received:

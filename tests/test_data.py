@@ -65,7 +65,7 @@ def settings(folder: Path, **changes: Any) -> DataSettings:
 def stream(
     given: DataSettings, tokenizer: Tokenizer, at: Cursor = START, seed: int = 3
 ) -> Iterator[tuple[Batch, Cursor]]:
-    return data.training_batches(given, tokenizer, LENGTH, SIZE, seed, at)
+    return data.training_batches(given, tokenizer, LENGTH, [SIZE], seed, at)
 
 
 def plain(item: tuple[Batch, Cursor]) -> tuple[Any, ...]:

@@ -54,7 +54,7 @@ def test_the_defaults_are_the_reference_architecture() -> None:
         "normalize_top_k": False,
         "activation": "silu",
         "tie_embeddings": True,
-        "attention": "explicit",
+        "attention": "auto",
     }
     assert {key: getattr(model, key) for key in reference} == reference
     assert (model.head_width, model.expert_width) == (64, 256)
@@ -133,6 +133,26 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "two lengths": (
         {"train": {"train_steps": 1, "time_budget": 1}},
         ["train_steps and time_budget", "are set", "Set exactly one"],
+    ),
+    "auto without a whole": (
+        {"train": {"train_steps": 1, "batch_size": "auto"}},
+        ['batch_size is "auto"', "must not depend on memory", "Set train.global_batch_size"],
+    ),
+    "another word than auto": (
+        {"train": {"train_steps": 1, "batch_size": "big"}},
+        ['train.batch_size is "big"', 'an integer greater than or equal to 1, or "auto"', "default, 8"],
+    ),
+    "two ways to cut a step": (
+        {"train": {"train_steps": 1, "global_batch_size": 16, "gradient_accumulation": 2}},
+        ["gradient_accumulation is 2", "global_batch_size is 16", "Set train.gradient_accumulation to 1"],
+    ),
+    "a part larger than the whole": (
+        {"train": {"train_steps": 1, "batch_size": 8, "global_batch_size": 6}},
+        ["batch_size is 8", "global_batch_size is 6", "Set train.batch_size to at most 6"],
+    ),
+    "a limit for a given size": (
+        {"train": {"train_steps": 1, "memory_limit_gb": 2}},
+        ["memory_limit_gb is 2", "batch_size is 8", 'Set train.batch_size to "auto"'],
     ),
     "files without files": (merged(data={"source": "files"}), ['source is "files"', "files is null", "Set data.files"]),
     "hub without dataset": (merged(data={"source": "hub"}), ['source is "hub"', "dataset is null", "data.dataset"]),
@@ -269,6 +289,19 @@ def test_total_steps_of_train_tokens_rounds_up(tokens: int, steps: int) -> None:
     assert hparams.total_steps == steps
 
 
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ({"batch_size": 8, "gradient_accumulation": 3}, [8, 8, 8]),
+        ({"batch_size": 8, "global_batch_size": 30}, [8, 8, 8, 6]),
+        ({"batch_size": 8, "global_batch_size": 24}, [8, 8, 8]),
+    ],
+)
+def test_micro_batches_make_up_the_step(train: dict[str, Any], expected: list[int]) -> None:
+    hparams = make_hparams({"train": {"train_steps": 1, **train}, "model": {"max_length": 4}})
+    assert hparams.micro_batches == expected and hparams.tokens_per_step == 4 * sum(expected)
+
+
 def bounds() -> list[tuple[str, str, float, bool]]:
     """Every numeric limit as (section, key, value at the limit, whether it is allowed)."""
     found = []
@@ -288,6 +321,7 @@ COMPANY: dict[str, dict[str, Any]] = {
     "model.d_model": {"n_heads": 1},
     "model.d_ff": {"n_experts": 1, "top_k": 1},
     "model.n_experts": {"top_k": 1},
+    "train.global_batch_size": {"batch_size": 1},
 }
 
 

@@ -4,6 +4,8 @@ import io
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from moelet.metrics import append_metrics, cut_metrics, expert_load, matrix_rate
 from moelet.moe import RouterStats
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 
 
 def steps(run: Path) -> list[int]:
@@ -210,3 +213,17 @@ def test_a_terminal_is_as_it_was_after_an_error() -> None:
         progress.show("line", lasting=False)
         raise RuntimeError
     assert out.getvalue().endswith("\x1b[?25h") or out.getvalue().count("\x1b[?25h") == 1
+
+
+def test_peak_memory_is_that_of_this_process_and_not_of_the_one_that_started_it() -> None:
+    """A notebook of gigabytes starts small runs."""
+    code = "import torch; from moelet.metrics import peak_memory_mb; print(peak_memory_mb(torch.device('cpu')))"
+    ballast = torch.ones(2**28)  # 1 GiB
+    started = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert float(started.stdout) < 1024 < peak_memory_mb(ballast.device)

@@ -70,8 +70,8 @@ class RoutedFFN(torch.autograd.Function):
         matrices = [None if w is None else w.contiguous() for w in (w_in_EFD, w_gate_EFD, w_out_EDF)]
         n_experts, hidden, _ = w_in_EFD.shape
         n_rows, places = _sort(x_TD, ids_TK, n_experts)
-        sizes = (*ids_TK.shape, n_experts, x_TD.shape[1], hidden)
-        problem = _Routed(*sizes, *ACTIVATIONS[activation], *map(address, places))
+        sizes = (*ids_TK.shape, n_experts, x_TD.shape[1], hidden, *ACTIVATIONS[activation])
+        problem = _Routed(*sizes, *map(address, places))
         up_PF = x_TD.new_empty(n_rows, hidden)
         gate_PF = None if w_gate_EFD is None else torch.empty_like(up_PF)
         out_PD, y_TD = x_TD.new_empty(n_rows, x_TD.shape[1]), torch.empty_like(x_TD)
@@ -80,13 +80,14 @@ class RoutedFFN(torch.autograd.Function):
             ctypes.byref(problem), *map(address, (x_TD, weights_TK, *packed, up_PF, gate_PF, out_PD, y_TD)), threads()
         )
         ctx.save_for_backward(x_TD, weights_TK, *matrices, up_PF, gate_PF, *places)
-        ctx.problem = problem
+        ctx.sizes = sizes
         return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weights_TK, w_in_EFD, w_gate_EFD, w_out_EDF, up_PF, gate_PF, *_places = ctx.saved_tensors
+        x_TD, weights_TK, w_in_EFD, w_gate_EFD, w_out_EDF, up_PF, gate_PF, *places = ctx.saved_tensors
+        problem = _Routed(*ctx.sizes, *map(address, places))
         matrices = (w_in_EFD, w_gate_EFD, w_out_EDF)
         packed = [_packed(w, x_TD.dtype, False) for w in matrices]
         n_rows, (width, hidden) = up_PF.shape[0], (x_TD.shape[1], up_PF.shape[1])
@@ -94,7 +95,7 @@ class RoutedFFN(torch.autograd.Function):
         scratch = x_TD.new_empty(n_rows * (2 * width + (2 if w_gate_EFD is None else 3) * hidden))
         gradients = [None if t is None else torch.empty_like(t) for t in (x_TD, weights_TK, *matrices)]
         library(x_TD.dtype).experts_backward(
-            ctypes.byref(ctx.problem),
+            ctypes.byref(problem),
             *map(address, (x_TD, grad_TD.contiguous(), weights_TK, *packed, up_PF, gate_PF, grad_rows_PD, scratch)),
             *map(address, gradients),
             threads(),
