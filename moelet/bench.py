@@ -15,6 +15,7 @@ import torch
 from moelet.breakdown import breakdown
 from moelet.console import Progress
 from moelet.contest import Contest, SideFailed, alone, run_contest
+from moelet.decoding import decoding_dtype
 from moelet.errors import UserError, pick
 from moelet.hparams import make_hparams, read_hparams
 from moelet.peers import (
@@ -39,7 +40,10 @@ REFERENCE = {"model": {"vocab_size": 32_000}, "train": {"train_steps": 10_000, "
 # which allocators the peers get: the system's, and the one that keeps freed memory, which we always have
 ALLOCATORS = {"both": ("default", "kept"), "default": ("default",), "same": ("kept",)}
 
-GENERATE = "fp32"  # the weights of `moelet generate`
+
+def _decoding_format(device: torch.device) -> str:
+    """Return the name of the format in which `moelet generate` reads its weights."""
+    return "bf16" if device.type == "cpu" and decoding_dtype() == torch.bfloat16 else "fp32"
 
 
 def workload_of(path: Path | None, batch_size: int | None) -> Workload:
@@ -120,7 +124,7 @@ def bench(
         progress.say("the machine once more, as other work may have disturbed it, and the parts of our step")
         found = higher(before, alone(limits, *shape, dtype, device))
         parts = alone(own_breakdown, workload)
-        decode = run_contest(Contest("decode", GENERATE, decoding, rounds), workload, progress)
+        decode = run_contest(Contest("decode", _decoding_format(device), decoding, rounds), workload, progress)
     except SideFailed as error:
         raise UserError(
             f"our own step doesn't run at this shape ({error}), and all is measured against it. Give a smaller "

@@ -45,14 +45,19 @@ def can_decode(model: GPT) -> bool:
     return plain and all(width % LANES == 0 for width in widths) and usable(torch.float32, model.table)
 
 
+def decoding_dtype() -> torch.dtype:
+    """Return the format in which decoding reads matrices: bfloat16 where the CPU multiplies it, else float32."""
+    return torch.bfloat16 if cpu_has_bf16() and usable(torch.bfloat16) else torch.float32
+
+
 class Decoder:
-    """A model's weights as decoding reads them: matrices in bfloat16 where the CPU multiplies that, else as they are.
+    """A model's weights as decoding reads them: matrices in `dtype`, by default that of `decoding_dtype`.
 
     It doesn't follow later changes of the model.
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype | None = None) -> None:
-        self.dtype = dtype or (torch.bfloat16 if cpu_has_bf16() and usable(torch.bfloat16) else torch.float32)
+        self.dtype = dtype or decoding_dtype()
         self.pieces = model.vocab_size
         self._kept: list[Tensor] = []  # what C holds pointers to
         s = model.settings

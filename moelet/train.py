@@ -27,6 +27,7 @@ from moelet.errors import Interrupted, UserError, pick
 from moelet.experts import ACTIVATIONS, BACKENDS
 from moelet.fit import find_batch_size
 from moelet.hparams import LENGTHS, Hparams, read_hparams
+from moelet.kernels.native import why_not
 from moelet.loss import BALANCE
 from moelet.metrics import METRICS_FILE, cut_metrics, last_elapsed, matrix_rate
 from moelet.moe import ROUTERS
@@ -326,4 +327,6 @@ def introduce(training: Training, run: Path, validation: Validation, progress: P
         ("length", f"{length}steps of {hparams.tokens_per_step:,} tokens"),
         ("machine", f"{training.device.type}, {str(training.dtype).removeprefix('torch.')}"),
     ]
+    if training.device.type == "cpu" and (reason := why_not(training.dtype)) is not None:
+        rows.append(("kernels", f"torch's, two to three times slower than ours: {reason}"))
     progress.say(*table("moelet", rows))

@@ -152,6 +152,10 @@ def traced() -> tuple[set[tuple[str, str]], list[str]]:
                 cache, rest = continue_cached(model)
                 add(lambda model=model, cache=cache, rest=rest, new=new: model(rest, new, cache), CACHED)
         add(lambda: train_once(tiny(experts="batched", activation="swiglu")), FULL)
+        for activation in ("silu", "swiglu"):  # in sizes that the kernels take
+            shape = {"d_model": 96, "d_embed": 160, "d_ff": 320, "activation": activation}
+            kernels = {**FULL, "D": 96, "R": 160, "C": 32, "F": 64}
+            add(lambda shape=shape: train_once(tiny(**shape)), kernels)
         dense = {**FULL, "F": 30}
         add(lambda: train_once(tiny(n_experts=1, top_k=1, activation="swiglu")), dense)
         logits = torch.randn(2, 37)
