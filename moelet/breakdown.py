@@ -33,7 +33,7 @@ PART_OF: dict[type[nn.Module], str] = {
     FeedForward: "experts",
 }
 # operations inside of Experts that bring rows to experts and back
-DISPATCH = re.compile("dispatch|combine|gather|scatter|index|sort|bincount|route", re.IGNORECASE)
+DISPATCH = re.compile("dispatch|combine|gather|scatter|index|sort|bincount", re.IGNORECASE)
 MARK = "moelet: "
 BACKWARD = "autograd::engine::evaluate_function: "
 OPTIMIZER = "Optimizer."  # what torch calls its own mark around step and zero_grad
