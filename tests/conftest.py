@@ -14,14 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from moelet.attention import ATTENTION
 from moelet.data import training_texts
 from moelet.experts import BACKENDS
 from moelet.hparams import make_hparams
+from moelet.kernels.native import why_not
 from moelet.tokenizer import Tokenizer
 
 TinySettings = Callable[..., dict[str, Any]]
-CPU_BACKENDS = [name for name in BACKENDS if name != "triton"]  # tests/test_kernels.py tests that one
+# without a C compiler everything is still tested but what it would build
+HAVE_KERNELS = why_not(torch.float32) is None
+needs_kernels = pytest.mark.skipif(not HAVE_KERNELS, reason=f"no kernels in C: {why_not(torch.float32)}")
+# tests/test_kernels.py tests `triton`
+CPU_BACKENDS = [name for name in BACKENDS if name != "triton" and (name != "fused" or HAVE_KERNELS)]
+CPU_ATTENTION = [name for name in ATTENTION if name != "blocked" or HAVE_KERNELS]
 
 TINY: dict[str, dict[str, Any]] = {
     "model": {

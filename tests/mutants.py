@@ -85,8 +85,8 @@ MUTANTS = [
     Mutant(
         "balance loss computed on padding",
         "moelet/moe.py",
-        "    if real_T is not None:\n        real_T1",
-        "    if real_T is not None and not real_T.any():\n        real_T1",
+        "self.gate(x_TD, real_T)",
+        "self.gate(x_TD, None)",
         "tests/test_step.py",
     ),
     Mutant(

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from conftest import CPU_ATTENTION
 from torch import Tensor
 
 from moelet import attention
-from moelet.attention import ATTENTION, causal_attention, causal_mask
+from moelet.attention import causal_attention, causal_mask
 from moelet.errors import UserError
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest reference value
@@ -32,7 +33,7 @@ SHAPES = [
     (2, 1, 197, 197, 33, "packed"),
 ]
 # `blocked` has no float64
-RUNS = [(name, dtype) for name in ATTENTION for dtype in TOLERANCE if (name, dtype) != ("blocked", torch.float64)]
+RUNS = [(name, dtype) for name in CPU_ATTENTION for dtype in TOLERANCE if (name, dtype) != ("blocked", torch.float64)]
 
 
 def make_segments(layout: str | None, batch: int, n_keys: int) -> Tensor | None:
@@ -108,7 +109,7 @@ def test_backends_equal_the_definition(
 
 @pytest.mark.parametrize("past", [0, 4])
 @pytest.mark.parametrize("layout", [None, "left", "packed"])
-@pytest.mark.parametrize("backend", ATTENTION)
+@pytest.mark.parametrize("backend", CPU_ATTENTION)
 def test_no_query_sees_the_future(backend: str, layout: str | None, past: int) -> None:
     n_queries = 9
     q, k, v, _ = best_precision(backend, numbers(2, 3, n_queries, n_queries + past, 4))
@@ -124,7 +125,7 @@ def test_no_query_sees_the_future(backend: str, layout: str | None, past: int) -
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("backend", ATTENTION)
+@pytest.mark.parametrize("backend", CPU_ATTENTION)
 def test_padding_is_not_seen(backend: str, padding: str) -> None:
     q, k, v, _ = best_precision(backend, numbers(3, 2, 9, 9, 4))
     segments = make_segments(padding, 3, 9)
@@ -139,7 +140,7 @@ def test_padding_is_not_seen(backend: str, padding: str) -> None:
     assert not torch.allclose(causal_attention(q, k, v, None, backend=backend)[1:], before[1:])
 
 
-@pytest.mark.parametrize("backend", ATTENTION)
+@pytest.mark.parametrize("backend", CPU_ATTENTION)
 def test_rows_of_a_batch_are_apart(backend: str) -> None:
     q, k, v, _ = best_precision(backend, numbers(2, 2, 6, 6, 4))
     before = causal_attention(q, k, v, backend=backend)
@@ -177,7 +178,7 @@ def test_sdpa_makes_no_mask_without_segments(monkeypatch: pytest.MonkeyPatch) ->
         causal_attention(q, k, v, make_segments("packed", 2, 5), backend="sdpa")
 
 
-@pytest.mark.parametrize("backend", ATTENTION)
+@pytest.mark.parametrize("backend", CPU_ATTENTION)
 def test_dropout_keeps_the_mean_and_hides_the_future(backend: str) -> None:
     torch.manual_seed(0)
     size = 6

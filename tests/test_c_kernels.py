@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs_kernels
 from torch import Tensor
 
 from moelet.dropout import dropout
@@ -22,6 +23,7 @@ from moelet.loss import IGNORE, linear_cross_entropy
 from moelet.moe import Router
 from moelet.norm import add_norm
 
+pytestmark = needs_kernels
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest reference value
 EPS = 1e-6
 Results = list[Tensor]

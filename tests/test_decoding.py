@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import needs_kernels
 
 from moelet import generate
 from moelet.decoding import Decoder, can_decode
@@ -9,6 +10,7 @@ from moelet.generate import Sampling, continuations
 from moelet.hparams import ModelSettings
 from moelet.modelling import GPT, KVCache
 
+pytestmark = needs_kernels
 VOCAB = 67
 SHAPE = {"max_length": 24, "d_model": 64, "d_embed": 16, "n_layers": 2, "n_heads": 4, "d_ff": 128, "n_experts": 4}
 CHANGES = [

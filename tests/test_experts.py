@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU_BACKENDS
+from conftest import CPU_BACKENDS, HAVE_KERNELS, needs_kernels
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -27,7 +27,7 @@ STEP = native.TILE_COLUMNS
 PLAIN = [backend for backend in CPU_BACKENDS if backend != "fused"]  # of any widths, in any precision
 # backend, what divides its widths, and precision
 RUNS = [(backend, 1, dtype) for backend in [*PLAIN, "auto"] for dtype in TOLERANCE] + [
-    (backend, STEP, dtype) for backend in ("fused", "auto") for dtype in (torch.float32, torch.bfloat16)
+    (backend, STEP, dtype) for backend in ("fused", "auto") for dtype in (torch.float32, torch.bfloat16) if HAVE_KERNELS
 ]
 
 
@@ -233,6 +233,7 @@ def test_a_single_numbers_place(backend: str) -> None:
     assert y.tolist() == [[0.5 * 100 * 9], [10 * 4 + 2 * 100 * 36]]
 
 
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_kernel_gives_the_same_bits_on_any_number_of_threads(dtype: torch.dtype) -> None:
     threads = torch.get_num_threads()
@@ -245,6 +246,7 @@ def test_the_kernel_gives_the_same_bits_on_any_number_of_threads(dtype: torch.dt
         assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
+@needs_kernels
 def test_the_kernel_refuses_what_it_cannot_compute() -> None:
     case = make_case(0)
     tensors = (case.x.float(), case.ids, case.weights.float(), case.w_in.float(), None, case.w_out.float())

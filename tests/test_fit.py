@@ -337,7 +337,7 @@ def auto_within(limit: float) -> list[str]:
     return ["--set", "train.batch_size=auto", "--set", f"train.memory_limit_gb={limit}"]
 
 
-@pytest.mark.parametrize("more", [0.02, pytest.param(0.1, marks=pytest.mark.nightly), 0.6])
+@pytest.mark.parametrize("more", [0.02, *(pytest.param(more, marks=pytest.mark.nightly) for more in (0.1, 0.6))])
 def test_what_is_found_fits_and_learns_the_same(
     zygote: Zygote, settings: Path, at_once: list[dict[str, Any]], one_row: float, tmp_path: Path, more: float
 ) -> None:

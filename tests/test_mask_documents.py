@@ -5,11 +5,10 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 import torch
-from conftest import CPU_BACKENDS
+from conftest import CPU_ATTENTION, CPU_BACKENDS
 from torch import Tensor
 
 from moelet import data
-from moelet.attention import ATTENTION
 from moelet.data import Batch
 from moelet.hparams import ModelSettings
 from moelet.loss import IGNORE, linear_cross_entropy
@@ -18,7 +17,7 @@ from moelet.moe import RouterStats, add_stats
 from moelet.tokenizer import Tokenizer
 
 VOCAB, LENGTH = 29, 16
-COMBINATIONS = list(product(ATTENTION, CPU_BACKENDS))
+COMBINATIONS = list(product(CPU_ATTENTION, CPU_BACKENDS))
 
 
 def lively(**changes: object) -> GPT:
@@ -85,8 +84,8 @@ def test_packed_logits_are_those_of_each_document_alone(attention_name: str, exp
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     ("backend", "dtype", "tolerance"),
-    [(name, torch.float32, 1e-5) for name in ATTENTION]
-    + [(name, torch.float64, 1e-10) for name in ATTENTION if name != "blocked"],
+    [(name, torch.float32, 1e-5) for name in CPU_ATTENTION]
+    + [(name, torch.float64, 1e-10) for name in CPU_ATTENTION if name != "blocked"],
     ids=str,
 )
 def test_packed_training_is_that_of_each_document_alone(
@@ -112,7 +111,7 @@ def test_packed_training_is_that_of_each_document_alone(
         assert got.tokens.item() == want.tokens.item() == int((batch.input_ids != Tokenizer.pad_id).sum())
 
 
-@pytest.mark.parametrize("backend", ATTENTION)
+@pytest.mark.parametrize("backend", CPU_ATTENTION)
 def test_a_changed_token_leaves_other_documents_bitwise(backend: str) -> None:
     model, batch = lively(attention=backend, experts="reference"), packed_batch(0)
     with torch.no_grad():
@@ -142,7 +141,7 @@ def test_no_gradient_reaches_another_document(attention_name: str, experts_name:
 
 
 @pytest.mark.parametrize("sizes", [[16], [7, 9], [1] * 16, [3, 5, 1, 7]], ids=str)
-@pytest.mark.parametrize("backend", ATTENTION)
+@pytest.mark.parametrize("backend", CPU_ATTENTION)
 def test_the_cache_keeps_documents_apart(backend: str, sizes: list[int]) -> None:
     model, batch, cache = lively(attention=backend), packed_batch(2), KVCache(ModelSettings(max_length=LENGTH))
     assert batch.segments is not None

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU_BACKENDS
+from conftest import CPU_ATTENTION, CPU_BACKENDS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from moelet import attention, modelling
-from moelet.attention import ATTENTION
 from moelet.errors import UserError
 from moelet.hparams import ModelSettings
 from moelet.loss import linear_cross_entropy
@@ -23,7 +22,7 @@ from moelet.modelling import GPT, KVCache
 
 VOCAB, CONTEXT = 29, 12
 SMALL = {"max_length": CONTEXT, "d_model": 96, "d_embed": 8, "n_layers": 2, "n_heads": 3, "d_ff": 160, "n_experts": 5}
-COMBINATIONS = list(product(ATTENTION, CPU_BACKENDS))
+COMBINATIONS = list(product(CPU_ATTENTION, CPU_BACKENDS))
 
 
 def lively(seed: int = 0, **changes: object) -> GPT:
@@ -252,7 +251,7 @@ def test_a_mask_that_adds_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
         return (scores + torch.ones(q.shape[2], k.shape[2]).tril()).softmax(-1) @ v
 
-    monkeypatch.setitem(ATTENTION, "explicit", adding)
+    monkeypatch.setitem(CPU_ATTENTION, "explicit", adding)
     assert future_leak(lively(attention="explicit")) > 1e-2
 
 
@@ -303,7 +302,7 @@ def test_cache_equals_the_full_pass(attention_name: str, experts_name: str) -> N
 
 
 @pytest.mark.parametrize("sizes", [[5, 7], [1, 4, 4, 3], [3, 1, 8], [11, 1]])
-@pytest.mark.parametrize("backend", ATTENTION)
+@pytest.mark.parametrize("backend", CPU_ATTENTION)
 def test_cache_takes_prompts_in_chunks(backend: str, sizes: list[int]) -> None:
     model = lively(attention=backend)
     ids, cache = random_ids(2, CONTEXT), KVCache(model.settings)
@@ -312,7 +311,7 @@ def test_cache_takes_prompts_in_chunks(backend: str, sizes: list[int]) -> None:
 
 
 @pytest.mark.parametrize("sizes", [[8, 1, 1], [4, 4, 1, 1], [1, 7, 2]])
-@pytest.mark.parametrize("backend", ATTENTION)
+@pytest.mark.parametrize("backend", CPU_ATTENTION)
 def test_cache_with_left_padding_equals_one_by_one(backend: str, sizes: list[int]) -> None:
     model = lively(attention=backend)
     lengths, total = (10, 7, 3), 10
