@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from moelet import attention, modelling
+from moelet.attention import ATTENTION
 from moelet.errors import UserError
 from moelet.hparams import ModelSettings
 from moelet.loss import linear_cross_entropy
@@ -251,7 +252,7 @@ def test_a_mask_that_adds_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
         return (scores + torch.ones(q.shape[2], k.shape[2]).tril()).softmax(-1) @ v
 
-    monkeypatch.setitem(CPU_ATTENTION, "explicit", adding)
+    monkeypatch.setitem(ATTENTION, "explicit", adding)
     assert future_leak(lively(attention="explicit")) > 1e-2
 
 
