@@ -328,5 +328,5 @@ def introduce(training: Training, run: Path, validation: Validation, progress: P
         ("machine", f"{training.device.type}, {str(training.dtype).removeprefix('torch.')}"),
     ]
     if training.device.type == "cpu" and (reason := why_not(training.dtype)) is not None:
-        rows.append(("kernels", f"torch's, two to three times slower than ours: {reason}"))
+        rows.append(("kernels", f"torch's, half as fast as ours: {reason}"))
     progress.say(*table("moelet", rows))

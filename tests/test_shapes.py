@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import needs_kernels
 from torch import Tensor
 
 from moelet import attention, experts, generate, loss, modelling, moe
@@ -190,6 +191,7 @@ def test_no_name_lies(traced: tuple[set[tuple[str, str]], list[str]]) -> None:
     assert traced[1] == []
 
 
+@needs_kernels
 def test_every_name_was_seen(traced: tuple[set[tuple[str, str]], list[str]]) -> None:
     written = set().union(*map(names_written, FILES))
     assert len(written) > 120
