@@ -10,8 +10,8 @@ from test_memory import GIB, peak_of_steps
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moelet import experts
-from moelet.hparams import ModelSettings
 from moelet.loss import linear_cross_entropy
+from moelet.sections import ModelSettings
 
 ROWS = (8, 16, 30, 64, 120, 240)  # of 512 tokens
 VOCABULARY = 32_000

@@ -18,9 +18,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from moelet.data import START, Batch, training_batches, training_texts
-from moelet.hparams import DataSettings, Hparams
+from moelet.hparams import Hparams
 from moelet.modelling import GPT, Attention
 from moelet.moe import Experts, FeedForward, MoE
+from moelet.sections import DataSettings
 from moelet.step import Training, train_step
 from moelet.tokenizer import Tokenizer
 

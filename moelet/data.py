@@ -26,8 +26,8 @@ from torch import Tensor
 
 from moelet.documents import Cursor, Document, Items, Prepared, Skipped
 from moelet.errors import UserError, pick
-from moelet.hparams import DataSettings
 from moelet.loss import IGNORE
+from moelet.sections import DataSettings
 from moelet.sources import SOURCES, mix_shares
 from moelet.tokenizer import Tokenizer
 

@@ -17,7 +17,10 @@ from moelet.moe import FeedForward, MoE
 from moelet.precision import cpu_has_bf16
 
 _COUNTS = ("layers", "width", "heads", "rank", "pieces", "experts", "chosen", "hidden", "context")
-_OF_LAYER = ("input_norm", "post_norm", "router", "q", "k", "v", "o", "up", "gate", "down", "keys", "values")
+_OF_LAYER = (
+    *("input_norm", "post_norm", "q_norm", "k_norm", "router", "bias"),
+    *("q", "k", "v", "o", "up", "gate", "down", "keys", "values"),
+)
 
 
 class _Layer(ctypes.Structure):
@@ -31,16 +34,19 @@ class _Network(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in _COUNTS),
-        *((name, ctypes.c_int) for name in ("activation", "gated", "normalize")),
+        *((name, ctypes.c_int) for name in ("activation", "gated", "normalize", "embed_norm")),
         *((name, ctypes.c_float) for name in ("eps", "scale")),
-        *((name, ctypes.c_void_p) for name in ("tokens", "positions", "proj", "table", "norm", "layer")),
+        *((name, ctypes.c_void_p) for name in ("tokens", "positions", "cos", "sin", "proj", "table", "norm", "layer")),
     )
 
 
 def can_decode(model: GPT) -> bool:
-    """Return whether the kernel computes this model: on a CPU, of widths that its vectors divide."""
+    """Return whether the kernel computes this model: on a CPU, of widths that its vectors divide, no added parts."""
     s = model.settings
-    widths = (s.d_model, s.head_width, s.d_embed or s.d_model, s.expert_width)
+    if s.shared_expert or s.embed_residual or s.value_residual or s.smear:
+        return False
+    turned = s.head_width // 2 if s.positions == "rope" else s.head_width
+    widths = (s.d_model, s.head_width, turned, s.d_embed or s.d_model, s.expert_width)
     plain = s.router == "softmax" and all(parameter.dtype == torch.float32 for parameter in model.parameters())
     return plain and all(width % LANES == 0 for width in widths) and usable(torch.float32, model.table)
 
@@ -65,10 +71,11 @@ class Decoder:
         self._layers = (_Layer * s.n_layers)(*(self._layer(layer) for layer in model.layers))  # type: ignore[arg-type]
         counts = (s.n_layers, s.d_model, s.n_heads, rank, self.pieces, s.n_experts, s.top_k, hidden, s.max_length)
         number, gated = ACTIVATIONS[s.activation]
-        proj = None if model.embed.proj is None else model.embed.proj.weight
+        proj = _weight(model.embed.proj)
         self._network = _Network(
-            *(*counts, number, gated, s.normalize_top_k, NORM_EPS, s.embed_scale),
-            *(self._as_is(model.embed.tokens.weight), self._as_is(model.embed.positions.weight)),
+            *(*counts, number, gated, s.normalize_top_k, s.embed_norm, NORM_EPS, s.embed_scale),
+            *(self._as_is(_weight(model.embed.tokens)), self._as_is(_weight(model.embed.positions))),
+            *(self._as_is(model.cos), self._as_is(model.sin)),
             *(self._matrix(proj), self._matrix(model.table), self._as_is(model.norm.weight)),
             ctypes.cast(self._layers, ctypes.c_void_p),
         )
@@ -83,10 +90,12 @@ class Decoder:
 
     def _layer(self, layer: DecoderLayer) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
-        norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
+        norms = map(
+            _weight, (layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm)
+        )
         products = [p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)]
-        router = mlp.gate.weight if isinstance(mlp, MoE) else None
-        return _Layer(*map(self._as_is, (*norms, router)), *map(self._matrix, (*products, *_feed_forward(mlp))))
+        router = (mlp.gate.weight, mlp.gate.bias) if isinstance(mlp, MoE) else (None, None)
+        return _Layer(*map(self._as_is, (*norms, *router)), *map(self._matrix, (*products, *_feed_forward(mlp))))
 
     def logits(self, ids_B: Tensor, cache: KVCache) -> Tensor:
         """Return the logits of the tokens that follow `ids_B`, (B, V) float32, and enter those into the cache.
@@ -104,6 +113,10 @@ class Decoder:
         )
         cache.length += 1
         return logits_BV
+
+
+def _weight(module: torch.nn.Module | None) -> Tensor | None:
+    return None if module is None else module.weight  # type: ignore[return-value]
 
 
 def _feed_forward(mlp: MoE | FeedForward) -> Iterator[Tensor | None]:

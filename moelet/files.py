@@ -17,7 +17,7 @@ import pyarrow as pa
 from moelet.decompress import BLOCK, CODECS, Decompressed
 from moelet.documents import Cursor, Document, Items, Parts, Skipped, checked, no_field
 from moelet.errors import UserError
-from moelet.hparams import SourceSettings
+from moelet.sections import SourceSettings
 from moelet.tables import fields_of, read_table
 
 PART = 16 * 2**20  # bytes of a text file held at once

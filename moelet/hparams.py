@@ -1,249 +1,32 @@
 """The settings of a run: frozen, strict, one JSON file in and out.
 
-One file rebuilds the run. Derived values are properties and are never written back; `null` means off or "derive it".
-This file knows what each setting may be; whether it fits the data or the machine is checked by whoever uses it.
+One file rebuilds the run. What each setting may be is `moelet.sections`'; here is the file, and what is said of a wrong
+one. Whether it fits the data or the machine is checked by whoever uses it.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from moelet.errors import UserError, nearest
+from moelet.sections import (
+    LENGTHS,
+    BalanceSettings,
+    DataSettings,
+    MixedSource,
+    ModelSettings,
+    OptimSettings,
+    Section,
+    TokenizerSettings,
+    TrainSettings,
+)
 
-LENGTHS = ("train_steps", "train_tokens", "time_budget")  # three ways to say how long a run is
 UNION_BRANCHES = ("list[", "str", "constrained", "literal[")  # how pydantic names the parts of `int | str` in a place
 LONGEST_VALUE = 60  # characters of a wrong value that its message shows
-
-
-class Section(BaseModel):
-    """What all sections share: unknown keys are errors, nothing is coerced, nothing changes later."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
-
-
-class ModelSettings(Section):
-    """The shape of the network. The defaults are the reference architecture."""
-
-    vocab_size: int | None = Field(None, ge=4, description="rows of the embedding; null: the tokenizer's")
-    max_length: int = Field(512, ge=2, description="context, in tokens")
-    d_model: int = Field(512, ge=1, description="width of the residual stream")
-    d_embed: int | None = Field(128, ge=1, description="width of the token embedding; null: d_model, no projection")
-    embed_scale: float = Field(1.0, gt=0, description="factor on the embedding at the input, not at the tied output")
-    n_layers: int = Field(4, ge=1)
-    n_heads: int = Field(8, ge=1, description="must divide d_model")
-    d_ff: int = Field(2048, ge=1, description="width of all experts of a layer together; n_experts must divide it")
-    n_experts: int = Field(8, ge=1, description="experts a layer; 1 is a dense feed-forward layer")
-    top_k: int = Field(2, ge=1, description="experts that each token uses")
-    router: str = Field("softmax", description="a name in moe.ROUTERS")
-    normalize_top_k: bool = Field(False, description="scale the chosen weights of a token to sum to 1")
-    activation: str = Field("silu", description="silu, gelu, relu2 or swiglu (gated)")
-    dropout: float = Field(0.1, ge=0, lt=1, description="on embeddings, attention weights and branch outputs")
-    tie_embeddings: bool = Field(True, description="one embedding and projection for input and output")
-    attention: str = Field("auto", description="a name in attention.ATTENTION, or auto")
-    experts: str = Field("auto", description="a name in experts.BACKENDS, or auto")
-
-    @model_validator(mode="after")
-    def _fit_together(self) -> Self:
-        if self.d_model % self.n_heads:
-            below = max(h for h in range(1, self.n_heads + 1) if self.d_model % h == 0)
-            raise ValueError(
-                f"d_model is {self.d_model} and n_heads is {self.n_heads}. The heads share d_model evenly. "
-                f"Set model.n_heads to {below}, or model.d_model to a multiple of {self.n_heads}."
-            )
-        if self.d_ff % self.n_experts:
-            raise ValueError(
-                f"d_ff is {self.d_ff} and n_experts is {self.n_experts}. The experts share d_ff evenly. "
-                f"Set model.d_ff to {math.ceil(self.d_ff / self.n_experts) * self.n_experts}."
-            )
-        if self.top_k > self.n_experts:
-            raise ValueError(
-                f"top_k is {self.top_k} and n_experts is {self.n_experts}. A token can't use more experts than there "
-                f"are. Set model.top_k to at most {self.n_experts}."
-            )
-        return self
-
-    @property
-    def head_width(self) -> int:
-        return self.d_model // self.n_heads
-
-    @property
-    def expert_width(self) -> int:
-        return self.d_ff // self.n_experts
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of all that changes what the weights compute, in hexadecimal."""
-        settings = self.model_dump(mode="json", exclude={"attention", "experts", "dropout"})
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-class TokenizerSettings(Section):
-    file: str | None = Field(None, description="a SentencePiece model; null: train one on the run's own text")
-    vocab_size: int = Field(4096, ge=260, description="pieces to train, the 256 bytes and 4 control pieces included")
-    algorithm: Literal["bpe", "unigram"] = Field("bpe", description="bpe is also what llama.cpp carries exactly")
-    sample_bytes: int = Field(10_000_000, ge=1, description="text that the tokenizer is trained on, in bytes")
-
-
-class SourceSettings(Section):
-    """Where text comes from. Which of these count depends on `source`."""
-
-    source: str = Field("embedded", description="a name in sources.SOURCES")
-    files: str | list[str] | None = Field(None, description="for source files: paths, globs or folders of text or rows")
-    dataset: str | None = Field(None, description="for source hub: repository or local folder of a dataset")
-    name: str | None = Field(None, description="for source hub: the dataset's configuration (not its split)")
-    split: str = Field("train", description="for source hub: the split")
-    revision: str | None = Field(None, description="for source hub: branch, tag or commit; a run notes the commit")
-    text_field: str = Field("text", description="the field that holds the text, in .jsonl, .parquet and hub rows")
-
-    @model_validator(mode="after")
-    def _source_has_what_it_needs(self) -> Self:
-        if self.source == "files" and not self.files:
-            raise ValueError('source is "files" and files is null. Set data.files to a path, a glob or a list of them.')
-        if self.source == "prepared" and not self.files:
-            raise ValueError('source is "prepared" and files is null. Set data.files to what `moelet prepare` wrote.')
-        if self.source == "hub" and not self.dataset:
-            raise ValueError('source is "hub" and dataset is null. Set data.dataset, such as "Zyphra/Zyda-2".')
-        return self
-
-
-class MixedSource(SourceSettings):
-    """One source of a mix."""
-
-    weight: float = Field(1.0, gt=0, description="its share of the mix, relative to the other weights")
-
-
-class DataSettings(SourceSettings):
-    mix: list[MixedSource] | None = Field(None, description="for source mix: sources, each with its weight")
-    mix_unit: Literal["documents", "characters"] = Field("documents", description="what the weights are shares of")
-    shuffle_window: int = Field(4096, ge=1, description="pieces of text read, and their rows shuffled, together")
-    piece_chars: int = Field(8192, ge=16, description="longer documents are cut: the unit of the held-out split")
-    packing: bool = Field(True, description="fill every row with documents end to end; false: one padded piece a row")
-    mask_documents: bool = Field(False, description="no attention across documents in a packed row; positions restart")
-    validation_fraction: float = Field(0.05, gt=0, lt=1, description="share of the text held out, chosen by its hash")
-
-    @model_validator(mode="after")
-    def _mix_has_sources(self) -> Self:
-        if self.source == "mix" and not self.mix:
-            raise ValueError(
-                'source is "mix" and mix is empty. Set data.mix to a list of sources, such as '
-                '[{"source": "files", "files": "a.txt", "weight": 2}, {"source": "embedded", "weight": 1}].'
-            )
-        if any(part.source == "mix" for part in self.mix or []):
-            raise ValueError('a source of data.mix is a "mix" itself. Put its sources into data.mix.')
-        if any(part.source == "prepared" for part in self.mix or []):
-            raise ValueError('a source of data.mix is "prepared". Mix texts, and prepare the mix as a whole.')
-        return self
-
-    @model_validator(mode="after")
-    def _masks_what_is_packed(self) -> Self:
-        if self.mask_documents and not self.packing:
-            raise ValueError(
-                "mask_documents is true and packing is false. Masking needs rows of several documents, and unpacked "
-                "rows hold one each. Set data.packing to true, or data.mask_documents to false."
-            )
-        return self
-
-    @property
-    def parts(self) -> list[MixedSource]:
-        """The sources that a mix draws from; none where the source is another."""
-        return (self.mix or []) if self.source == "mix" else []
-
-
-class OptimSettings(Section):
-    optimizer: str = Field("adamw", description="a name in optim.OPTIMIZERS")
-    lr: float = Field(1e-3, gt=0, description="the highest learning rate, reached when the warm-up ends")
-    min_lr: float = Field(1e-4, ge=0, description="the learning rate of the last step")
-    embed_lr: float | None = Field(None, gt=0, description="lr of the embedding tables, same schedule; null: lr")
-    warmup_steps: int = Field(100, ge=0, description="steps from 0 to lr; may be longer than the run")
-    schedule: str = Field("cosine", description="a name in optim.SCHEDULES")
-    weight_decay: float = Field(0.1, ge=0, description="on matrices; never on norms and embeddings")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="of Adam, each in [0, 1)")
-    grad_clip: float | None = Field(1.0, gt=0, description="largest global gradient norm; null: no clipping")
-
-    @model_validator(mode="after")
-    def _ranges(self) -> Self:
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr is {self.min_lr} and lr is {self.lr}. Set optim.min_lr to at most optim.lr.")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas is {list(self.betas)}. Set both of optim.betas to at least 0 and below 1.")
-        return self
-
-
-class BalanceSettings(Section):
-    loss: str | None = Field("switch", description="a name in loss.BALANCE; null: none")
-    alpha: float = Field(0.01, ge=0, description="weight of the balance loss, averaged over layers")
-
-
-class TrainSettings(Section):
-    run: str | None = Field(None, description="the run folder; null: runs/<settings file>-<time>")
-    seed: int = Field(0, ge=0, le=2**63 - 1)
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        8, description='sequences a micro-step; "auto": as many as fit in memory, with the same global_batch_size'
-    )
-    gradient_accumulation: int = Field(1, ge=1, description="micro-steps an optimizer step; or set the next")
-    global_batch_size: int | None = Field(
-        None, ge=1, description="sequences an optimizer step, exactly: its last micro-step takes what is left"
-    )
-    memory_limit_gb: float | None = Field(
-        None,
-        gt=0,
-        description='for batch_size "auto": GiB of the card or process; null: nine tenths of what is free',
-    )
-    checkpoint_activations: bool = Field(False, description="compute each layer again in backward: memory for time")
-    train_steps: int | None = Field(None, ge=1, description="optimizer steps; or set one of the next two")
-    train_tokens: int | None = Field(None, ge=1, description="tokens, rounded up to whole steps")
-    time_budget: float | None = Field(None, gt=0, description="seconds from start to report, of all sessions together")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; null: at the end only")
-    eval_tokens: int = Field(65_536, ge=1, description="held-out tokens of an evaluation, about")
-    log_steps: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
-    checkpoint_steps: int | None = Field(None, ge=1, description="steps between checkpoints; null: at the end only")
-    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints to keep, besides the best")
-    sample_prompt: str | None = Field("", description="evaluations continue it with a sample; null: no sample")
-
-    @model_validator(mode="after")
-    def _one_length(self) -> Self:
-        given = [name for name in LENGTHS if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"{' and '.join(given) or 'none'} of {', '.join(LENGTHS)} "
-                f"{'are' if given else 'is'} set. Set exactly one; the others are null."
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _one_batch(self) -> Self:
-        size, whole = self.batch_size, self.global_batch_size
-        if size != "auto" and self.memory_limit_gb is not None:
-            raise ValueError(
-                f"memory_limit_gb is {self.memory_limit_gb:g} and batch_size is {size}. The limit is what a batch "
-                'size is looked for in. Set train.batch_size to "auto", or train.memory_limit_gb to null.'
-            )
-        if whole is None:
-            if size == "auto":
-                raise ValueError(
-                    'batch_size is "auto" and global_batch_size is null. What a step learns from must not depend on '
-                    "memory. Set train.global_batch_size to the sequences an optimizer step, such as 32."
-                )
-            return self
-        if self.gradient_accumulation != 1:
-            raise ValueError(
-                f"gradient_accumulation is {self.gradient_accumulation} and global_batch_size is {whole}. The number "
-                "of micro-steps follows from the latter. Set train.gradient_accumulation to 1, or "
-                "train.global_batch_size to null."
-            )
-        if size != "auto" and size > whole:
-            raise ValueError(
-                f"batch_size is {size} and global_batch_size is {whole}. A micro-step is a part of the step. Set "
-                f"train.batch_size to at most {whole}."
-            )
-        return self
 
 
 class Hparams(Section):
@@ -255,6 +38,16 @@ class Hparams(Section):
     optim: OptimSettings = Field(default_factory=OptimSettings)
     balance: BalanceSettings = Field(default_factory=BalanceSettings)
     train: TrainSettings
+
+    @model_validator(mode="after")
+    def _bias_is_moved(self) -> Self:
+        if self.model.selection_bias != (self.balance.bias_rate is not None):
+            raise ValueError(
+                f"model.selection_bias is {json.dumps(self.model.selection_bias)} and balance.bias_rate is "
+                f"{json.dumps(self.balance.bias_rate)}. The one moves the other. Set both, such as true and 0.001, or "
+                "false and null."
+            )
+        return self
 
     @property
     def batch_size(self) -> int:

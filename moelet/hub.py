@@ -30,7 +30,7 @@ from pyarrow import ArrowException
 
 from moelet.documents import Cursor, Document, Items, Parts, Skipped, checked, no_field
 from moelet.errors import TemporaryError, UserError
-from moelet.hparams import SourceSettings
+from moelet.sections import SourceSettings
 from moelet.tables import fields_of, read_table
 
 LANES = 10  # files read at once; what `datasets` interleaves by default

@@ -1,6 +1,7 @@
 """What a run measures about itself: metrics.jsonl, expert load, memory, and the machine's matrix rate for MFU."""
 
 import json
+import math
 import re
 import resource
 import sys
@@ -65,6 +66,17 @@ def expert_load(stats: Sequence[RouterStats]) -> Tensor:
         return torch.zeros(0, 0)
     assignments_LE = torch.stack([layer.assignments for layer in stats])
     return assignments_LE * (assignments_LE.shape[1] / assignments_LE.sum(1, keepdim=True).clamp(min=1))
+
+
+def router_health(stats: Sequence[RouterStats]) -> Tensor:
+    """Return for each layer (2, L): the mean entropy of the router's probabilities, as a share of the highest possible;
+    and the largest score by size, which grows before fp16 overflows.
+    """
+    if not stats:
+        return torch.zeros(2, 0)
+    highest = math.log(max(2, stats[0].probability.shape[0]))
+    entropy_L = torch.stack([layer.entropy / layer.tokens.clamp(min=1) for layer in stats]) / highest
+    return torch.stack([entropy_L, torch.stack([layer.largest for layer in stats])])
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -13,6 +13,8 @@ The law of initialisation. Every matrix and table is normal with mean 0, and:
     o_proj, down_proj                      INIT_STD / sqrt(2*n_layers)  branches add little at first (GPT-2)
     mlp.gate, the router                   INIT_STD                     near-uniform routing
     norms                                  1
+
+With `zero_init` o_proj and down_proj are 0: each layer begins as the identity. Learned shares begin as SHARES says.
 """
 
 import math
@@ -28,12 +30,15 @@ from torch.utils.checkpoint import checkpoint
 from moelet.attention import causal_attention
 from moelet.errors import UserError
 from moelet.experts import GATED
-from moelet.hparams import ModelSettings
 from moelet.moe import FeedForward, MoE, RouterStats
 from moelet.norm import add_norm
+from moelet.rotary import Turns, prepare_heads, turns
+from moelet.sections import ModelSettings
 
 INIT_STD = 0.02  # GPT-2's
 NORM_EPS = 1e-6  # as in the Hugging Face models we export to
+SMEAR_WIDTH = 12  # modded-nanogpt's
+SHARES = {"value_share": 0.5, "embed_share": 0.0, "smear.share": 0.0}  # at first
 
 
 class Output(NamedTuple):
@@ -48,6 +53,7 @@ class KVCache:
         self.max_length = settings.max_length
         self.length = 0
         self.segments: Tensor | None = None  # (B, max_length) int64, once there are any
+        self.last_BD: Tensor | None = None  # the embedding of the last token, where smearing asks for it
         self._store: dict[int, tuple[Tensor, Tensor]] = {}
 
     def append(self, layer: int, k_BHSC: Tensor, v_BHSC: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,6 +71,12 @@ class KVCache:
         """Yield each layer's keys and values, (B, H, max_length, C), of which the first `length` positions count."""
         for layer in sorted(self._store):
             yield self._store[layer]
+
+    def note_last(self, x_BSD: Tensor) -> Tensor:
+        """Return the vector before those of `x_BSD`, (B, D), and keep the last of these; at the start, the first."""
+        before_BD = x_BSD[:, 0] if self.last_BD is None else self.last_BD
+        self.last_BD = x_BSD[:, -1]
+        return before_BD
 
     def note_segments(self, segments_BS: Tensor | None, batch: int, n_new: int, device: torch.device) -> Tensor | None:
         """Return the segments of all positions, the new ones included: (B, L), or None when there never were any."""
@@ -89,24 +101,57 @@ def positions_within(segments_BL: Tensor) -> Tensor:
 
 
 class Embedding(nn.Module):
-    """Token and position vectors, (B, S) -> (B, S, D), and the output side of the same table and projection."""
+    """Vectors of tokens and learned positions, (B, S) -> (B, S, D), and the output side of table and projection."""
 
     def __init__(self, settings: ModelSettings, vocab_size: int) -> None:
         super().__init__()
         rank = settings.d_embed or settings.d_model
-        self.scale = settings.embed_scale
+        self.scale, self.normed = settings.embed_scale, settings.embed_norm
         self.tokens = nn.Embedding(vocab_size, rank)
-        self.positions = nn.Embedding(settings.max_length, settings.d_model)
+        learned = settings.positions == "learned"
+        self.positions = nn.Embedding(settings.max_length, settings.d_model) if learned else None
         self.proj = nn.Linear(rank, settings.d_model, bias=False) if settings.d_embed else None
 
     def forward(self, ids_BS: Tensor, positions_BS: Tensor) -> Tensor:
         x_BSR = self.tokens(ids_BS)
         x_BSD = x_BSR if self.proj is None else self.proj(x_BSR)
-        return x_BSD * self.scale + self.positions(positions_BS)
+        if self.normed:
+            x_BSD = F.rms_norm(x_BSD, x_BSD.shape[-1:], eps=NORM_EPS)
+        x_BSD = x_BSD * self.scale
+        return x_BSD if self.positions is None else x_BSD + self.positions(positions_BS)
 
     def rank(self, hidden_BSD: Tensor) -> Tensor:
         """Return the final hidden states in the space of the token table, (B, S, R): the projection, transposed."""
         return hidden_BSD if self.proj is None else F.linear(hidden_BSD, self.proj.weight.T)
+
+
+class Smear(nn.Module):
+    """Each token's vector, and a share of the one before it by a gate: (B, S, D) -> (B, S, D).
+
+    Within a segment only. The gate reads the first few numbers. Source: modded-nanogpt's "smear".
+    """
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.width = min(SMEAR_WIDTH, settings.d_model)
+        self.gate = nn.Linear(self.width, 1, bias=False)
+        self.share = nn.Parameter(torch.empty(1))
+
+    def forward(self, x_BSD: Tensor, positions_BS: Tensor, cache: KVCache | None) -> Tensor:
+        before_BD = x_BSD[:, 0] if cache is None else cache.note_last(x_BSD)
+        before_BSD = torch.cat((before_BD[:, None], x_BSD[:, :-1]), 1)
+        gate_BS1 = self.gate(x_BSD[..., : self.width]).sigmoid() * (positions_BS > 0)[..., None]
+        return x_BSD + self.share * gate_BS1 * before_BSD
+
+
+class Place(NamedTuple):
+    """Where the tokens of a pass stand, and what they may see; the same for all layers."""
+
+    positions_BS: Tensor  # within their segments
+    real_T: Tensor | None  # which tokens aren't padding; None: all
+    segments_BL: Tensor | None
+    angles: Turns | None  # for rotary positions
+    cache: KVCache | None
 
 
 class Attention(nn.Module):
@@ -119,21 +164,31 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
+        normed = settings.qk_norm
+        self.q_norm = nn.RMSNorm(settings.head_width, eps=NORM_EPS) if normed else None
+        self.k_norm = nn.RMSNorm(settings.head_width, eps=NORM_EPS) if normed else None
+        mixes = settings.value_residual and layer > 0
+        self.value_share = nn.Parameter(torch.empty(1)) if mixes else None
         self.layer, self.head_width = layer, settings.head_width
         self.dropout, self.backend = settings.dropout, settings.attention
 
-    def _heads(self, x_BSD: Tensor) -> Tensor:
-        """(B, S, H*C) -> (B, H, S, C): split the width into heads first, then bring the heads forward."""
-        return x_BSD.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+    def _heads(self, x_BSD: Tensor, norm: nn.RMSNorm | None, place: Place) -> Tensor:
+        """(B, S, H*C) -> (B, H, S, C), ready to meet: split into heads, norm, turn, bring the heads forward."""
+        x_BSHC, weight = x_BSD.unflatten(-1, (-1, self.head_width)), None if norm is None else norm.weight
+        return prepare_heads(x_BSHC, weight, NORM_EPS, place.angles, place.positions_BS).transpose(1, 2)
 
-    def forward(self, x_BSD: Tensor, segments_BL: Tensor | None, cache: KVCache | None) -> Tensor:
-        q_BHSC = self._heads(self.q_proj(x_BSD))
-        k_BHLC, v_BHLC = self._heads(self.k_proj(x_BSD)), self._heads(self.v_proj(x_BSD))
-        if cache is not None:
-            k_BHLC, v_BHLC = cache.append(self.layer, k_BHLC, v_BHLC)
+    def forward(self, x_BSD: Tensor, first_BSD: Tensor | None, place: Place) -> tuple[Tensor, Tensor]:
+        """Return the branch and its values before heads; `first_BSD` are the first layer's, to be mixed in."""
+        q_BHSC = self._heads(self.q_proj(x_BSD), self.q_norm, place)
+        k_BHLC, values_BSD = self._heads(self.k_proj(x_BSD), self.k_norm, place), self.v_proj(x_BSD)
+        if self.value_share is not None and first_BSD is not None:  # Zhou et al. 2024, "Value residual learning"
+            values_BSD = values_BSD.lerp(first_BSD, self.value_share.to(values_BSD.dtype))
+        v_BHLC = values_BSD.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+        if place.cache is not None:
+            k_BHLC, v_BHLC = place.cache.append(self.layer, k_BHLC, v_BHLC)
         dropout = self.dropout if self.training else 0.0
-        out_BHSC = causal_attention(q_BHSC, k_BHLC, v_BHLC, segments_BL, dropout, self.backend)
-        return self.o_proj(out_BHSC.transpose(1, 2).flatten(2))
+        out_BHSC = causal_attention(q_BHSC, k_BHLC, v_BHLC, place.segments_BL, dropout, self.backend)
+        return self.o_proj(out_BHSC.transpose(1, 2).flatten(2)), values_BSD
 
 
 class DecoderLayer(nn.Module):
@@ -148,24 +203,31 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(settings.d_model, eps=NORM_EPS)
         self.self_attn = Attention(settings, layer)
         self.post_attention_layernorm = nn.RMSNorm(settings.d_model, eps=NORM_EPS)
-        self.mlp: MoE | FeedForward = MoE(settings) if settings.n_experts > 1 else FeedForward(settings)
+        moe = settings.n_experts > 1
+        self.mlp: MoE | FeedForward = MoE(settings) if moe else FeedForward(settings, settings.d_ff)
+        sees_embedding = settings.embed_residual and layer > 0
+        self.embed_share = nn.Parameter(torch.empty(1)) if sees_embedding else None
         self.dropout = settings.dropout
 
     def forward(
         self,
         residual_BSD: Tensor | None,
         branch_BSD: Tensor,
-        real_T: Tensor | None,
-        segments_BL: Tensor | None,
-        cache: KVCache | None,
-    ) -> tuple[Tensor, Tensor, RouterStats | None]:
-        """Return the residual stream without the feed-forward branch, that branch, and the router's statistics."""
+        embedded_BSD: Tensor,
+        first_BSD: Tensor | None,
+        place: Place,
+    ) -> tuple[Tensor, Tensor, Tensor, RouterStats | None]:
+        """Return the residual stream without the feed-forward branch, that branch, the values of attention, and the
+        router's statistics.
+        """
         rate = self.dropout if self.training else 0.0
+        if self.embed_share is not None and residual_BSD is not None:
+            residual_BSD = residual_BSD + self.embed_share * embedded_BSD
         x_BSD, normed_BSD = add_norm(residual_BSD, branch_BSD, self.input_layernorm.weight, NORM_EPS, rate)
-        attended_BSD = self.self_attn(normed_BSD, segments_BL, cache)
+        attended_BSD, values_BSD = self.self_attn(normed_BSD, first_BSD, place)
         x_BSD, normed_BSD = add_norm(x_BSD, attended_BSD, self.post_attention_layernorm.weight, NORM_EPS, rate)
-        y_TD, stats = self.mlp(normed_BSD.flatten(0, 1), real_T)
-        return x_BSD, y_TD.view_as(x_BSD), stats
+        y_TD, stats = self.mlp(normed_BSD.flatten(0, 1), place.real_T)
+        return x_BSD, y_TD.view_as(x_BSD), values_BSD, stats
 
 
 class GPT(nn.Module):
@@ -173,6 +235,9 @@ class GPT(nn.Module):
 
     Raises UserError when `settings.vocab_size` is set and too small for the tokenizer.
     """
+
+    cos: Tensor | None
+    sin: Tensor | None
 
     def __init__(self, settings: ModelSettings, vocab_size: int) -> None:
         super().__init__()
@@ -185,10 +250,14 @@ class GPT(nn.Module):
         vocab_size = settings.vocab_size or vocab_size
         self.settings, self.vocab_size = settings, vocab_size
         self.embed = Embedding(settings, vocab_size)
+        self.smear = Smear(settings) if settings.smear else None
         self.layers = nn.ModuleList(DecoderLayer(settings, layer) for layer in range(settings.n_layers))
         self.norm = nn.RMSNorm(settings.d_model, eps=NORM_EPS)
         rank = settings.d_embed or settings.d_model
         self.lm_head = None if settings.tie_embeddings else nn.Linear(rank, vocab_size, bias=False)
+        angles = turns(settings.max_length, settings.head_width, settings.rope_theta)
+        self.register_buffer("cos", angles.cos if settings.positions == "rope" else None, persistent=False)
+        self.register_buffer("sin", angles.sin if settings.positions == "rope" else None, persistent=False)
         self.checkpoint_activations = False  # keep what enters a layer alone, and compute the layer again in backward
         self.initialise()
 
@@ -205,27 +274,36 @@ class GPT(nn.Module):
         not in the statistics. With a cache, `ids_BS` are the tokens after those it holds. Raises ValueError past
         max_length.
         """
-        batch, n_new = ids_BS.shape
-        start = 0 if cache is None else cache.length
+        start, n_new = 0 if cache is None else cache.length, ids_BS.shape[1]
         if start + n_new > self.settings.max_length:
             raise ValueError(f"{start + n_new} tokens don't fit the context of {self.settings.max_length}. Cut them.")
-        device = ids_BS.device
+        place = self._place(ids_BS, segments_BS, cache)
+        embedded_BSD = self.embed(ids_BS, place.positions_BS)
+        if self.smear is not None:
+            embedded_BSD = self.smear(embedded_BSD, place.positions_BS, cache)
+        x_BSD, branch_BSD, first_BSD, router = None, embedded_BSD, None, []
+        again = self.checkpoint_activations and torch.is_grad_enabled()
+        for layer in self.layers:
+            run = partial(checkpoint, layer, use_reentrant=False) if again else layer
+            x_BSD, branch_BSD, values_BSD, stats = run(x_BSD, branch_BSD, embedded_BSD, first_BSD, place)
+            first_BSD = values_BSD if first_BSD is None else first_BSD
+            router += [] if stats is None else [stats]
+        if cache is not None:
+            cache.length += n_new
+        rate = self.settings.dropout if self.training else 0.0
+        return Output(add_norm(x_BSD, branch_BSD, self.norm.weight, NORM_EPS, rate)[1], router)
+
+    def _place(self, ids_BS: Tensor, segments_BS: Tensor | None, cache: KVCache | None) -> Place:
+        (batch, n_new), device = ids_BS.shape, ids_BS.device
+        start = 0 if cache is None else cache.length
         real_T = None if segments_BS is None else (segments_BS != 0).flatten()
         segments_BL = segments_BS if cache is None else cache.note_segments(segments_BS, batch, n_new, device)
         if segments_BL is None:
             positions_BS = torch.arange(start, start + n_new, device=device).expand(batch, n_new)
         else:
             positions_BS = positions_within(segments_BL)[:, start:]
-        x_BSD, branch_BSD, router = None, self.embed(ids_BS, positions_BS), []
-        again = self.checkpoint_activations and torch.is_grad_enabled()
-        for layer in self.layers:
-            run = partial(checkpoint, layer, use_reentrant=False) if again else layer
-            x_BSD, branch_BSD, stats = run(x_BSD, branch_BSD, real_T, segments_BL, cache)
-            router += [] if stats is None else [stats]
-        if cache is not None:
-            cache.length += n_new
-        rate = self.settings.dropout if self.training else 0.0
-        return Output(add_norm(x_BSD, branch_BSD, self.norm.weight, NORM_EPS, rate)[1], router)
+        angles = None if self.cos is None or self.sin is None else Turns(self.cos, self.sin)
+        return Place(positions_BS, real_T, segments_BL, angles, cache)
 
     def features(self, hidden_BSD: Tensor) -> Tensor:
         """Return what the output table is multiplied with: (B, S, R)."""
@@ -239,9 +317,13 @@ class GPT(nn.Module):
     @torch.no_grad()
     def initialise(self) -> None:
         """Set every parameter by the law at the top of this file, from torch's global generator."""
-        into_residual = INIT_STD / math.sqrt(2 * self.settings.n_layers)
+        into_residual = 0.0 if self.settings.zero_init else INIT_STD / math.sqrt(2 * self.settings.n_layers)
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
+            if name.endswith(tuple(SHARES)):
+                parameter.fill_(next(share for ending, share in SHARES.items() if name.endswith(ending)))
+            elif name == "smear.gate.weight":
+                parameter.zero_()
+            elif parameter.ndim == 1:
                 parameter.fill_(1.0)
             elif name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
                 parameter.normal_(0.0, into_residual)
@@ -259,7 +341,7 @@ class GPT(nn.Module):
         s = self.settings
         rank = s.d_embed or s.d_model
         matrices = 3 if s.activation in GATED else 2
-        used = s.top_k * s.expert_width if s.n_experts > 1 else s.d_ff
+        used = s.top_k * s.expert_width + s.shared_expert if s.n_experts > 1 else s.d_ff
         router = s.d_model * s.n_experts if s.n_experts > 1 else 0
         layer = 4 * s.d_model**2 + length * s.d_model + matrices * s.d_model * used + router
         projections = 2 * s.d_model * rank if s.d_embed else 0

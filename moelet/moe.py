@@ -15,75 +15,94 @@ from torch import Tensor, nn
 
 from moelet.errors import pick
 from moelet.experts import GATED, hidden_activation, routed_ffn
-from moelet.hparams import ModelSettings
 from moelet.kernels.router import Route, can_route
+from moelet.sections import ModelSettings
 
 
 class RouterStats(NamedTuple):
-    """What balancing needs of one layer, as sums over its real tokens, so that micro-batches and ranks add up."""
+    """What one layer's router did, over its real tokens, so that micro-batches and ranks add up. All float32."""
 
-    probability: Tensor  # (E,) sum of router probabilities, float32, differentiable
-    assignments: Tensor  # (E,) how many times each expert was chosen, float32
-    tokens: Tensor  # () how many tokens were routed, float32
+    probability: Tensor  # (E,) sum of router probabilities, differentiable
+    assignments: Tensor  # (E,) how many times each expert was chosen
+    tokens: Tensor  # () how many tokens were routed
+    squares: Tensor  # () sum of squared logarithms of the sum of e^score, differentiable
+    entropy: Tensor  # () sum of the probabilities' entropy, nats
+    largest: Tensor  # () the largest score by size: a maximum, not a sum
 
 
 def add_stats(totals: list[RouterStats], new: list[RouterStats]) -> list[RouterStats]:
-    """Return the sums of two micro-batches' router statistics, detached; `totals` may be empty."""
+    """Return two micro-batches' router statistics together, detached; `totals` may be empty."""
     new = [RouterStats(*(item.detach() for item in stats)) for stats in new]
     if not totals:
         return new
-    return [RouterStats(*(a + b for a, b in zip(*pair, strict=True))) for pair in zip(totals, new, strict=True)]
+    return [
+        RouterStats(*(x + y for x, y in zip(a, b, strict=True)))._replace(largest=a.largest.maximum(b.largest))
+        for a, b in zip(totals, new, strict=True)
+    ]
 
 
-def softmax_route(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+def softmax_route(
+    logits_TE: Tensor, bias_E: Tensor | None, top_k: int, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Choose each token's experts.
 
     Returns expert ids (T, K), best first, ties to the lowest id; their softmax weights (T, K), scaled to sum to 1
-    where `normalize`; and all probabilities (T, E). Source: Shazeer et al. 2017, eq. 3-5, without noise.
+    where `normalize`; and all probabilities (T, E). A bias counts in the choice alone. Sources: Shazeer et al. 2017,
+    eq. 3-5, without noise; Wang et al. 2024, "Auxiliary-loss-free load balancing", for the bias.
     """
     probability_TE = logits_TE.softmax(-1)
-    ids_TK = torch.sort(logits_TE.detach(), dim=-1, descending=True, stable=True).indices[:, :top_k]
+    ranked_TE = logits_TE.detach() if bias_E is None else logits_TE.detach() + bias_E
+    ids_TK = torch.sort(ranked_TE, dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights_TK = probability_TE.gather(1, ids_TK)
     if normalize:
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
     return ids_TK, weights_TK, probability_TE
 
 
-ROUTERS: dict[str, Callable[[Tensor, int, bool], tuple[Tensor, Tensor, Tensor]]] = {"softmax": softmax_route}
+Routing = Callable[[Tensor, Tensor | None, int, bool], tuple[Tensor, Tensor, Tensor]]
+ROUTERS: dict[str, Routing] = {"softmax": softmax_route}
 
 
 class Router(nn.Module):
-    """One score per expert; always computed in float32."""
+    """One score per expert; always computed in float32. The bias, where there is one, is moved by `moelet.step`."""
+
+    bias: Tensor | None
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(settings.n_experts, settings.d_model))
+        self.register_buffer("bias", torch.zeros(settings.n_experts) if settings.selection_bias else None)
         self.top_k, self.normalize = settings.top_k, settings.normalize_top_k
         self.route = pick(ROUTERS, settings.router, "model.router")
 
     def forward(self, x_TD: Tensor, real_T: Tensor | None) -> tuple[Tensor, Tensor, RouterStats]:
         """Return expert ids (T, K), their weights (T, K) and the statistics of the tokens that aren't padding."""
         if self.route is softmax_route and can_route(x_TD, self.weight):
-            chosen = Route.apply(x_TD, self.weight, real_T, self.top_k, self.normalize)
-            ids_TK, weights_TK, probability_E, choices_E = chosen
+            chosen = Route.apply(x_TD, self.weight, self.bias, real_T, self.top_k, self.normalize)
+            ids_TK, weights_TK, probability_E, choices_E, squares, (entropy, largest) = chosen
             tokens = choices_E.sum() / self.top_k
-            return ids_TK, weights_TK, RouterStats(probability_E, choices_E, tokens)
+            return ids_TK, weights_TK, RouterStats(probability_E, choices_E, tokens, squares, entropy, largest)
         with torch.autocast(x_TD.device.type, enabled=False):
             wide = torch.promote_types(x_TD.dtype, torch.float32)
             logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
-            ids_TK, weights_TK, probability_TE = self.route(logits_TE, self.top_k, self.normalize)
-            return ids_TK, weights_TK, _statistics(ids_TK, probability_TE, real_T)
+            ids_TK, weights_TK, probability_TE = self.route(logits_TE, self.bias, self.top_k, self.normalize)
+            return ids_TK, weights_TK, _statistics(logits_TE, ids_TK, probability_TE, real_T)
 
 
-def _statistics(ids_TK: Tensor, probability_TE: Tensor, real_T: Tensor | None) -> RouterStats:
+def _statistics(logits_TE: Tensor, ids_TK: Tensor, probability_TE: Tensor, real_T: Tensor | None) -> RouterStats:
     chosen_TE = torch.zeros_like(probability_TE).scatter_(1, ids_TK, 1.0)  # ids are distinct within a token
+    log_total_T, seen_TE = logits_TE.logsumexp(-1), logits_TE.detach()
+    entropy_T = log_total_T.detach() - (probability_TE.detach() * seen_TE).sum(-1)
     if real_T is not None:
         real_T1 = real_T[:, None].to(probability_TE.dtype)
-        probability_TE, chosen_TE = probability_TE * real_T1, chosen_TE * real_T1
+        probability_TE, chosen_TE, seen_TE = probability_TE * real_T1, chosen_TE * real_T1, seen_TE * real_T1
+        log_total_T, entropy_T = log_total_T * real_T1[:, 0], entropy_T * real_T1[:, 0]
         tokens = real_T1.sum()
     else:
         tokens = chosen_TE.new_full((), float(chosen_TE.shape[0]))  # new_tensor would copy it from the host, and wait
-    return RouterStats(probability_TE.sum(0), chosen_TE.sum(0), tokens)
+    largest = seen_TE.abs().amax() if seen_TE.numel() else tokens
+    squares, entropy = log_total_T.square().sum(), entropy_T.sum()
+    return RouterStats(probability_TE.sum(0), chosen_TE.sum(0), tokens, squares, entropy, largest)
 
 
 class Experts(nn.Module):
@@ -110,21 +129,25 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = Router(settings)
         self.experts = Experts(settings)
+        self.shared_expert = FeedForward(settings, settings.shared_expert) if settings.shared_expert else None
 
     def forward(self, x_TD: Tensor, real_T: Tensor | None) -> tuple[Tensor, RouterStats]:
         ids_TK, weights_TK, stats = self.gate(x_TD, real_T)
-        return self.experts(x_TD, ids_TK, weights_TK), stats
+        y_TD = self.experts(x_TD, ids_TK, weights_TK)
+        if self.shared_expert is not None:
+            y_TD = y_TD + self.shared_expert(x_TD, real_T)[0]
+        return y_TD, stats
 
 
 class FeedForward(nn.Module):
-    """The dense layer that n_experts = 1 means."""
+    """A dense layer: what n_experts = 1 means, and the expert that all tokens share."""
 
-    def __init__(self, settings: ModelSettings) -> None:
+    def __init__(self, settings: ModelSettings, width: int) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(settings.d_model, settings.d_ff, bias=False)
+        self.up_proj = nn.Linear(settings.d_model, width, bias=False)
         gated = settings.activation in GATED
-        self.gate_proj = nn.Linear(settings.d_model, settings.d_ff, bias=False) if gated else None
-        self.down_proj = nn.Linear(settings.d_ff, settings.d_model, bias=False)
+        self.gate_proj = nn.Linear(settings.d_model, width, bias=False) if gated else None
+        self.down_proj = nn.Linear(width, settings.d_model, bias=False)
         self.activation = settings.activation
 
     def forward(self, x_TD: Tensor, real_T: Tensor | None) -> tuple[Tensor, None]:

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moelet.experts import GATED, hidden_activation
-from moelet.hparams import BalanceSettings, ModelSettings
 from moelet.loss import BALANCE
 from moelet.modelling import GPT, NORM_EPS
+from moelet.sections import BalanceSettings, ModelSettings
 
 
 class NaiveAttention(nn.Module):

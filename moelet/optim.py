@@ -5,30 +5,36 @@ A schedule is a pure function of the step, so that a resumed run needs no schedu
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from moelet.errors import pick
-from moelet.hparams import OptimSettings
+from moelet.moe import Router
+from moelet.muon import Muon
+from moelet.sections import OptimSettings
 
 ADAM_EPS = 1e-8  # Kingma & Ba 2014
+WSD_DECAY = 0.4  # the share of the steps after the warm-up over which "wsd" falls
 
 
-def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict[str, object]]:
-    """Return three groups: matrices, which decay; norms, which don't; embedding tables, which don't either.
+def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict[str, Any]]:
+    """Return four groups: matrices, which decay; norms and other vectors, routers and embedding tables, which don't.
 
     `lr_scale` is what a group's learning rate is multiplied with at every step. An output table that isn't tied counts
     as a matrix.
     """
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    matrices = [p for p in model.parameters() if p.ndim >= 2 and not any(p is table for table in tables)]
+    routers = [module.weight for module in model.modules() if isinstance(module, Router)]
+    special = {id(parameter) for parameter in (*tables, *routers)}
+    matrices = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in special]
     norms = [p for p in model.parameters() if p.ndim < 2]
-    table_scale = 1.0 if settings.embed_lr is None else settings.embed_lr / settings.lr
     return [
         {"params": matrices, "weight_decay": settings.weight_decay, "lr_scale": 1.0},
         {"params": norms, "weight_decay": 0.0, "lr_scale": 1.0},
-        {"params": tables, "weight_decay": 0.0, "lr_scale": table_scale},
+        {"params": routers, "weight_decay": 0.0, "lr_scale": (settings.router_lr or settings.lr) / settings.lr},
+        {"params": tables, "weight_decay": 0.0, "lr_scale": (settings.embed_lr or settings.lr) / settings.lr},
     ]
 
 
@@ -38,13 +44,25 @@ def adamw(model: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=ADAM_EPS, fused=True)
 
 
-OPTIMIZERS: dict[str, Callable[[nn.Module, OptimSettings], torch.optim.Optimizer]] = {"adamw": adamw}
+def muon(model: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
+    """Return Muon for the layers' matrices and AdamW for everything else."""
+    matrices, *others = parameter_groups(model, settings)
+    inside = {id(parameter) for name, parameter in model.named_parameters() if name.startswith("layers.")}
+    turned = [parameter for parameter in matrices["params"] if id(parameter) in inside]
+    left = [parameter for parameter in matrices["params"] if id(parameter) not in inside]
+    scale = (settings.muon_lr or settings.lr) / settings.lr
+    groups = [{**matrices, "params": turned, "lr_scale": scale, "muon": True}, {**matrices, "params": left}, *others]
+    return Muon(groups, settings.lr, settings.betas, ADAM_EPS)
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, OptimSettings], torch.optim.Optimizer]] = {"adamw": adamw, "muon": muon}
 
 # each takes the progress from the end of the warm-up (0) to the last step (1) and returns the share of lr - min_lr
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),  # Loshchilov & Hutter 2016
     "linear": lambda progress: 1 - progress,
     "constant": lambda progress: 1.0,
+    "wsd": lambda progress: min(1.0, (1 - progress) / WSD_DECAY),  # Hu et al. 2024, "MiniCPM"
 }
 
 

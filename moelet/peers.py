@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from moelet.data import Batch
 from moelet.errors import UserError, nearest
 from moelet.generate import Sampling, continuations
-from moelet.hparams import Hparams, ModelSettings
+from moelet.hparams import Hparams
 from moelet.modelling import GPT
 from moelet.naive import NaiveGPT, SdpaAttention
 from moelet.precision import DTYPES, autocast, choose_device, choose_dtype, make_scaler
+from moelet.sections import ModelSettings
 from moelet.step import build, train_step
 from moelet.tokenizer import Tokenizer
 

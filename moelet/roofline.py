@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from moelet.experts import GATED
-from moelet.hparams import ModelSettings
 from moelet.metrics import matrix_rate
 from moelet.precision import DTYPES
+from moelet.sections import ModelSettings
 
 PRODUCT_SECONDS, MIN_REPEATS = 0.1, 3
 ATTENTION_BLOCKS = 4  # query blocks of a sequence: fewer make wide products and compute more of the masked half

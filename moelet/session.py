@@ -178,6 +178,8 @@ def metrics_row(training: Training, report: StepReport, since: tuple[int, float]
         "tokens_per_second": speed,
         "mfu": training.model.flops_per_token(training.hparams.model.max_length) * speed / rate,
         "expert_load": report.expert_load,
+        "router_entropy": report.router_entropy,
+        "router_largest": report.router_largest,
         "memory_mb": peak_memory_mb(training.device),
     }
     if training.scaler is not None:

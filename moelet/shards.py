@@ -24,7 +24,7 @@ import numpy as np
 from moelet.disk import file_sha256, sealed, sync, sync_folder, write_file
 from moelet.documents import Cursor, Items, Prepared, PreparedPiece, Skipped
 from moelet.errors import UserError
-from moelet.hparams import SourceSettings
+from moelet.sections import SourceSettings
 
 FORMAT = 1
 MANIFEST = "manifest.json"

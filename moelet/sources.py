@@ -16,8 +16,8 @@ import numpy as np
 from moelet.documents import Cursor, Document, Items, Skipped, Source, checked
 from moelet.errors import UserError, pick
 from moelet.files import fingerprint_files, pin_files, read_files
-from moelet.hparams import DataSettings, MixedSource, SourceSettings
 from moelet.hub import fingerprint_hub, pin_hub, read_hub
+from moelet.sections import DataSettings, MixedSource, SourceSettings
 from moelet.shards import fingerprint_prepared, read_prepared
 
 PASSES = 2**20  # passes over one part of a mix while another has not ended once

@@ -19,9 +19,9 @@ from moelet.documents import Cursor
 from moelet.errors import UserError, pick
 from moelet.hparams import Hparams
 from moelet.loss import BALANCE, IGNORE, linear_cross_entropy
-from moelet.metrics import expert_load
+from moelet.metrics import expert_load, router_health
 from moelet.modelling import GPT
-from moelet.moe import RouterStats, add_stats
+from moelet.moe import Router, RouterStats, add_stats
 from moelet.optim import OPTIMIZERS, Plan, learning_rate
 from moelet.precision import autocast, choose_device, choose_dtype, make_scaler
 from moelet.tokenizer import Tokenizer
@@ -64,6 +64,8 @@ class StepReport(NamedTuple):
     grad_norm: float  # before clipping
     lr: float
     expert_load: list[list[float]]
+    router_entropy: list[float]  # per layer, mean over tokens: 1 is a router without preference
+    router_largest: list[float]  # per layer, the largest score by size
     skipped: bool  # fp16 only: the gradients overflowed and nothing changed
 
 
@@ -96,7 +98,7 @@ def train_step(training: Training, micro_batches: list[Batch]) -> StepReport:
     for group in training.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     targets = _targets(micro_batches)
-    n_tokens = max(1, len(targets))
+    n_tokens, n_routed = max(1, len(targets)), max(1, _routed_tokens(micro_batches))
     micro_batches = [batch.to(training.device) for batch in micro_batches]
 
     routing = _route_ahead(training, micro_batches) if len(micro_batches) > 1 and _balances(training) else []
@@ -113,22 +115,37 @@ def train_step(training: Training, micro_batches: list[Batch]) -> StepReport:
                 value, slopes_LE = balance_slopes(routing or add_stats([], output.router), hparams)
                 balance = [value]
                 loss = loss + (slopes_LE * torch.stack([stats.probability for stats in output.router])).sum()
+            if hparams.balance.z_loss and output.router:
+                squares = torch.stack([stats.squares for stats in output.router])
+                loss = loss + hparams.balance.z_loss * squares.mean() / n_routed
         (loss if training.scaler is None else training.scaler.scale(loss)).backward()
         nats += cross_entropy.detach()
         totals = add_stats(totals, output.router)
-    total, grad_norm, load, *balance_loss = _to_host(nats, _clip(training), expert_load(totals), *balance)
+    results = (nats, _clip(training), expert_load(totals), router_health(totals), *balance)
+    total, grad_norm, load, (entropy, largest), *balance_loss = _to_host(*results)
     skipped = _update(training, grad_norm)
+    if not skipped and hparams.balance.bias_rate is not None:
+        _move_biases(training, totals, hparams.balance.bias_rate)
     training.step += int(not skipped)
     training.tokens += len(targets)
     n_bytes = int(training.tokenizer.byte_lengths[targets].sum())
     mean_balance = balance_loss[0] if balance_loss else None
-    return StepReport(total / n_tokens, len(targets), n_bytes, mean_balance, grad_norm, lr, load, skipped)
+    routing_report = (load, entropy, largest)
+    return StepReport(total / n_tokens, len(targets), n_bytes, mean_balance, grad_norm, lr, *routing_report, skipped)
 
 
 def _targets(micro_batches: list[Batch]) -> np.ndarray:
     """Return all labels that are to be predicted; read while they are on the host, where that makes nobody wait."""
     labels = np.concatenate([batch.labels.numpy().ravel() for batch in micro_batches])
     return labels[labels != IGNORE]
+
+
+def _routed_tokens(micro_batches: list[Batch]) -> int:
+    """Return how many tokens of the step aren't padding."""
+    return sum(
+        batch.input_ids.numel() if batch.segments is None else int((batch.segments != 0).sum())
+        for batch in micro_batches
+    )
 
 
 def _to_host(*tensors: Tensor) -> list[Any]:
@@ -177,6 +194,18 @@ def balance_slopes(totals: list[RouterStats], hparams: Hparams) -> tuple[Tensor,
         loss = rule(sums_LE / totals[0].tokens.clamp(min=1), load_LE)
         (slopes_LE,) = torch.autograd.grad(loss, sums_LE)
     return loss.detach(), slopes_LE * hparams.balance.alpha
+
+
+@torch.no_grad()
+def _move_biases(training: Training, totals: list[RouterStats], rate: float) -> None:
+    """Move each expert's bias towards a fair share of the step's assignments.
+
+    Source: Wang et al. 2024, "Auxiliary-loss-free load balancing", algorithm 1.
+    """
+    routers = [module for module in training.model.modules() if isinstance(module, Router)]
+    for router, load in zip(routers, expert_load(totals), strict=True):
+        assert router.bias is not None
+        router.bias += rate * (1 - load).sign()
 
 
 def _clip(training: Training) -> Tensor:

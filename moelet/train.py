@@ -26,13 +26,14 @@ from moelet.disk import write_file
 from moelet.errors import Interrupted, UserError, pick
 from moelet.experts import ACTIVATIONS, BACKENDS
 from moelet.fit import find_batch_size
-from moelet.hparams import LENGTHS, Hparams, read_hparams
+from moelet.hparams import Hparams, read_hparams
 from moelet.kernels.native import why_not
 from moelet.loss import BALANCE
 from moelet.metrics import METRICS_FILE, cut_metrics, last_elapsed, matrix_rate
 from moelet.moe import ROUTERS
 from moelet.optim import OPTIMIZERS, SCHEDULES
 from moelet.precision import choose_device, choose_dtype
+from moelet.sections import LENGTHS
 from moelet.session import Session
 from moelet.shards import folder_of, read_manifest
 from moelet.sources import SOURCES

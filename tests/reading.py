@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moelet.documents import Cursor, Document
-from moelet.hparams import DataSettings
+from moelet.sections import DataSettings
 from moelet.sources import SOURCES
 
 

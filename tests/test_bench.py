@@ -18,11 +18,12 @@ from moelet import bench, bench_page, breakdown, contest, metrics, peers, roofli
 from moelet.cli import main
 from moelet.console import Progress
 from moelet.errors import UserError
-from moelet.hparams import ModelSettings, make_hparams
+from moelet.hparams import make_hparams
 from moelet.loss import BALANCE, linear_cross_entropy
 from moelet.modelling import GPT
 from moelet.naive import NaiveGPT, SdpaAttention, copy_weights
 from moelet.peers import Workload
+from moelet.sections import ModelSettings
 from moelet.step import build, train_step
 
 VOCABULARY = 300

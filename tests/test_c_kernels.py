@@ -14,7 +14,6 @@ from torch import Tensor
 
 from moelet.dropout import dropout
 from moelet.experts import routed_ffn
-from moelet.hparams import ModelSettings
 from moelet.kernels import native
 from moelet.kernels.cross_entropy import can_sum
 from moelet.kernels.norm import can_add_norm
@@ -22,6 +21,7 @@ from moelet.kernels.router import can_route
 from moelet.loss import IGNORE, linear_cross_entropy
 from moelet.moe import Router
 from moelet.norm import add_norm
+from moelet.sections import ModelSettings
 
 pytestmark = needs_kernels
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest reference value

@@ -19,8 +19,8 @@ from moelet import data, files, sources
 from moelet.data import START, Batch, Piece, Prefetch, Validation
 from moelet.documents import Cursor, Document, Source
 from moelet.errors import UserError
-from moelet.hparams import DataSettings
 from moelet.loss import IGNORE
+from moelet.sections import DataSettings
 from moelet.tokenizer import Tokenizer
 
 LENGTH, SIZE = 32, 8

@@ -7,8 +7,8 @@ from conftest import needs_kernels
 from moelet import generate
 from moelet.decoding import Decoder, can_decode
 from moelet.generate import Sampling, continuations
-from moelet.hparams import ModelSettings
 from moelet.modelling import GPT, KVCache
+from moelet.sections import ModelSettings
 
 pytestmark = needs_kernels
 VOCAB = 67

@@ -20,7 +20,7 @@ from moelet import decompress, tables
 from moelet import files as text_files
 from moelet.documents import Document, Skipped
 from moelet.errors import UserError
-from moelet.hparams import DataSettings
+from moelet.sections import DataSettings
 from moelet.sources import SOURCES
 
 

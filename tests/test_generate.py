@@ -11,8 +11,8 @@ from torch import Tensor
 from moelet import generate
 from moelet.errors import UserError
 from moelet.generate import Sampling, choose, complete, continuations, stream_text
-from moelet.hparams import ModelSettings
 from moelet.modelling import GPT
+from moelet.sections import ModelSettings
 from moelet.tokenizer import Tokenizer
 
 CONTEXT, VOCAB = 16, 360

@@ -10,7 +10,7 @@ from reading import read, texts, write_rows
 
 from moelet.documents import Skipped
 from moelet.errors import UserError
-from moelet.hparams import DataSettings
+from moelet.sections import DataSettings
 from moelet.sources import SOURCES
 
 

@@ -24,7 +24,8 @@ from moelet import hub
 from moelet.data import START, training_rows
 from moelet.documents import Cursor, Document
 from moelet.errors import TemporaryError, UserError
-from moelet.hparams import DataSettings, make_hparams
+from moelet.hparams import make_hparams
+from moelet.sections import DataSettings
 from moelet.sources import SOURCES
 from moelet.tokenizer import Tokenizer
 from moelet.train import pinned, with_commits_of

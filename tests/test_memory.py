@@ -12,11 +12,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelet import experts
-from moelet.hparams import ModelSettings, OptimSettings
 from moelet.kernels import native
 from moelet.loss import linear_cross_entropy
 from moelet.modelling import GPT
 from moelet.optim import adamw
+from moelet.sections import ModelSettings, OptimSettings
 
 GIB = 2**30
 

@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from moelet import attention, modelling
 from moelet.attention import ATTENTION
 from moelet.errors import UserError
-from moelet.hparams import ModelSettings
 from moelet.loss import linear_cross_entropy
 from moelet.modelling import GPT, KVCache
+from moelet.sections import ModelSettings
 
 VOCAB, CONTEXT = 29, 12
 SMALL = {"max_length": CONTEXT, "d_model": 96, "d_embed": 8, "n_layers": 2, "n_heads": 3, "d_ff": 160, "n_experts": 5}

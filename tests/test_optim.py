@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from moelet.errors import UserError
-from moelet.hparams import ModelSettings, OptimSettings
 from moelet.modelling import GPT
 from moelet.optim import ADAM_EPS, OPTIMIZERS, SCHEDULES, adamw, learning_rate, parameter_groups
+from moelet.sections import ModelSettings, OptimSettings
 
 SHAPE = {"max_length": 8, "d_model": 12, "d_embed": 6, "n_layers": 2, "n_heads": 2, "d_ff": 20, "n_experts": 5}
 VARIANTS = [{}, {"tie_embeddings": False}, {"d_embed": None}, {"activation": "swiglu"}, {"n_experts": 1, "top_k": 1}]

@@ -17,7 +17,8 @@ from moelet.console import Progress
 from moelet.data import START, training_rows
 from moelet.documents import Prepared, Skipped
 from moelet.errors import TemporaryError, UserError
-from moelet.hparams import Hparams, TokenizerSettings, make_hparams, read_hparams
+from moelet.hparams import Hparams, make_hparams, read_hparams
+from moelet.sections import TokenizerSettings
 from moelet.sources import SOURCES
 from moelet.tokenizer import Tokenizer
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from moelet import attention, experts, generate, loss, modelling, moe
 from moelet.generate import Sampling, continuations
-from moelet.hparams import ModelSettings
 from moelet.loss import BALANCE, IGNORE, linear_cross_entropy
 from moelet.modelling import GPT, KVCache
+from moelet.sections import ModelSettings
 
 FILES = {str(Path(module.__file__ or "")) for module in (attention, experts, generate, loss, modelling, moe)}
 SUFFIX = re.compile(r".*_([A-Z1c]+)$")

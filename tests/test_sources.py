@@ -12,7 +12,7 @@ from reading import assert_resumes_everywhere, read, write_rows
 
 from moelet.documents import Document, Skipped
 from moelet.errors import UserError
-from moelet.hparams import DataSettings, MixedSource
+from moelet.sections import DataSettings, MixedSource
 from moelet.sources import SOURCES, mix_shares
 
 

@@ -9,16 +9,19 @@
 #define TOGETHER 4 /* rows of a matrix, so that additions don't wait for one another */
 
 typedef struct {
-    const float *input_norm, *post_norm, *router; /* no router: one expert that all use */
+    const float *input_norm, *post_norm;
+    const float *q_norm, *k_norm; /* (C), or null */
+    const float *router, *bias;   /* no router: one expert that all use; the bias (E) may be null */
     const num *q, *k, *v, *o, *up, *gate, *down;
     float *keys, *values; /* (batch, heads, context, C): the cache */
 } layer;
 
 typedef struct {
     int64_t layers, width, heads, rank, pieces, experts, chosen, hidden, context; /* D, H, R, V, E, K, F */
-    int activation, gated, normalize;
+    int activation, gated, normalize, embed_norm;
     float eps, scale;                /* of the norms; of the embedding at the input */
-    const float *tokens, *positions; /* (V, R), (context, D) */
+    const float *tokens, *positions; /* (V, R); (context, D) or null */
+    const float *cos, *sin;          /* (context, C/2), or null: queries and keys aren't turned */
     const num *proj, *table;         /* (D, R) or null: R is D; (V, R) */
     const float *norm;
     const layer *layer;
@@ -42,14 +45,29 @@ static void times(const num *w, int64_t O, int64_t I, const float *x, float *y) 
     }
 }
 
+/* y = x / rms(x), times the weight where there is one. */
+INLINE void norm(const network *p, const float *x, int64_t n, const float *weight, float *y) {
+    vec squares = {0};
+    for (int64_t i = 0; i < n; i += LANES) squares += load_floats(x + i) * load_floats(x + i);
+    float inverse = 1 / sqrtf(sum_lanes(squares) / (float)n + p->eps);
+    for (int64_t i = 0; i < n; i += LANES)
+        store_floats(y + i, load_floats(x + i) * inverse * (weight ? load_floats(weight + i) : splat(1)));
+}
+
 static void rms_norm(const network *p, const float *x, const float *weight, float *y) {
 #pragma omp single
-    {
-        vec squares = {0};
-        for (int64_t d = 0; d < p->width; d += LANES) squares += load_floats(x + d) * load_floats(x + d);
-        float inverse = 1 / sqrtf(sum_lanes(squares) / (float)p->width + p->eps);
-        for (int64_t d = 0; d < p->width; d += LANES)
-            store_floats(y + d, load_floats(x + d) * inverse * load_floats(weight + d));
+    norm(p, x, p->width, weight, y);
+}
+
+/* One head of a query or key: normed and turned, each where the network does that. */
+INLINE void prepare_head(const network *p, float *x, const float *weight, int64_t position) {
+    int64_t C = p->width / p->heads, half = C / 2;
+    if (weight) norm(p, x, C, weight, x);
+    for (int64_t c = 0; p->cos && c < half; c += LANES) {
+        vec cos = load_floats(p->cos + position * half + c), sin = load_floats(p->sin + position * half + c);
+        vec a = load_floats(x + c), b = load_floats(x + half + c);
+        store_floats(x + c, a * cos - b * sin);
+        store_floats(x + half + c, b * cos + a * sin);
     }
 }
 
@@ -59,8 +77,8 @@ static void add(const network *p, float *x, const float *y) {
 }
 
 /* Attention of one query to the `length` positions of the cache, the last of which is its own. */
-static void attend(const network *p, const layer *l, int64_t b, int64_t length, const float *q, const float *k,
-                   const float *v, float *scores, float *out) {
+static void attend(const network *p, const layer *l, int64_t b, int64_t length, float *q, float *k, const float *v,
+                   float *scores, float *out) {
     int64_t C = p->width / p->heads;
     float scale = 1 / sqrtf((float)C);
 #pragma omp for
@@ -68,6 +86,8 @@ static void attend(const network *p, const layer *l, int64_t b, int64_t length, 
         float *keys = l->keys + (b * p->heads + h) * p->context * C;
         float *values = l->values + (b * p->heads + h) * p->context * C, *own = scores + h * p->context;
         float top = -INFINITY, total = 0;
+        prepare_head(p, q + h * C, l->q_norm, length - 1);
+        prepare_head(p, k + h * C, l->k_norm, length - 1);
         memcpy(keys + (length - 1) * C, k + h * C, C * sizeof(float));
         memcpy(values + (length - 1) * C, v + h * C, C * sizeof(float));
         for (int64_t j = 0; j < length; j++) {
@@ -98,7 +118,7 @@ static void feed_forward(const network *p, const layer *l, const float *x, int64
             for (int64_t d = 0; d < D; d += LANES) dot += load_floats(x + d) * load_floats(l->router + e * D + d);
             scores[e] = sum_lanes(dot);
         }
-        if (l->router) choose_experts(&r, scores, probability, ids, weights);
+        if (l->router) choose_experts(&r, scores, l->bias, probability, ids, weights);
         else ids[0] = 0, weights[0] = 1;
         memset(y, 0, D * sizeof(float));
     }
@@ -117,13 +137,17 @@ static void feed_forward(const network *p, const layer *l, const float *x, int64
     }
 }
 
-/* x (R) = the table's row, projected up, scaled, and its position's row added. */
+/* x (D) = the table's row, projected up, normed and scaled, and its position's row added. */
 static void embed(const network *p, int64_t id, int64_t position, float *x) {
     if (p->proj) times(p->proj, p->width, p->rank, p->tokens + id * p->rank, x);
 #pragma omp single
-    for (int64_t d = 0; d < p->width; d += LANES) {
-        vec token = load_floats(p->proj ? x + d : p->tokens + id * p->rank + d);
-        store_floats(x + d, token * p->scale + load_floats(p->positions + position * p->width + d));
+    {
+        if (!p->proj) memcpy(x, p->tokens + id * p->rank, p->width * sizeof(float));
+        if (p->embed_norm) norm(p, x, p->width, 0, x);
+        for (int64_t d = 0; d < p->width; d += LANES) {
+            vec own = p->positions ? load_floats(p->positions + position * p->width + d) : (vec){0};
+            store_floats(x + d, load_floats(x + d) * p->scale + own);
+        }
     }
 }
 

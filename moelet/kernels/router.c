@@ -5,38 +5,54 @@
  */
 #include "routing.h"
 
-/* `real` (T) says which tokens count, null: all. `sums` is (2, E): probabilities and choices of those that do. */
-void route(const routing *p, const num *x, const float *matrix, const uint8_t *real, int64_t *ids, float *weights,
-           float *probability, float *sums, float *partial, int threads) {
-    int64_t T = p->tokens, D = p->width, E = p->experts, K = p->chosen;
+/* What `sums` holds: for each expert its probabilities and how often it was chosen, then these. */
+enum { ENTROPY, SQUARES, LARGEST, OTHERS };
+
+/* `real` (T) says which tokens count, null: all. `log_totals` (T): the logarithm of the sum of e^score. `sums`
+ * (2 E + OTHERS) are over tokens that count, the entropy in nats, the squares those of log_totals, the largest score
+ * by size. `partial` has room for blocks(T) of these. */
+void route(const routing *p, const num *x, const float *matrix, const float *bias, const uint8_t *real, int64_t *ids,
+           float *weights, float *probability, float *log_totals, float *sums, float *partial, int threads) {
+    int64_t T = p->tokens, D = p->width, E = p->experts, K = p->chosen, size = 2 * E + OTHERS;
 #pragma omp parallel for num_threads(threads)
     for (int64_t block = 0; block < blocks(T); block++) {
-        float *own = partial + block * 2 * E, scores[E];
-        memset(own, 0, 2 * E * sizeof(float));
+        float *own = partial + block * size, *others = own + 2 * E, scores[E];
+        memset(own, 0, size * sizeof(float));
         for (int64_t t = block * BLOCK; t < end_of(block, T); t++) {
+            float *q = probability + t * E, mean = 0;
             for (int64_t e = 0; e < E; e++) {
                 vec dot = {0};
                 for (int64_t d = 0; d < D; d += LANES) dot += load(x + t * D + d) * load_floats(matrix + e * D + d);
                 scores[e] = sum_lanes(dot);
             }
-            choose_experts(p, scores, probability + t * E, ids + t * K, weights + t * K);
+            log_totals[t] = choose_experts(p, scores, bias, q, ids + t * K, weights + t * K);
             if (real && !real[t]) continue;
-            for (int64_t e = 0; e < E; e++) own[e] += probability[t * E + e];
+            for (int64_t e = 0; e < E; e++) {
+                own[e] += q[e];
+                mean += q[e] * scores[e];
+                others[LARGEST] = fmaxf(others[LARGEST], fabsf(scores[e]));
+            }
             for (int64_t k = 0; k < K; k++) own[E + ids[t * K + k]] += 1;
+            others[ENTROPY] += log_totals[t] - mean;
+            others[SQUARES] += log_totals[t] * log_totals[t];
         }
     }
-    for (int64_t e = 0; e < 2 * E; e++) {
+    for (int64_t i = 0; i < size; i++) {
         double total = 0;
-        for (int64_t block = 0; block < blocks(T); block++) total += partial[block * 2 * E + e];
-        sums[e] = (float)total;
+        for (int64_t block = 0; block < blocks(T); block++) {
+            float part = partial[block * size + i];
+            total = i == 2 * E + LARGEST ? fmax(total, part) : total + part;
+        }
+        sums[i] = (float)total;
     }
 }
 
-/* From the gradients of the weights (T, K) and of the summed probabilities (E), either of which may be null.
- * `partial` has room for blocks(T) x E x D floats. */
+/* From the gradients of the weights (T, K) and of the summed probabilities (E), either of which may be null, and that
+ * of the summed squares. `partial` has room for blocks(T) x E x D floats. */
 void route_backward(const routing *p, const num *x, const float *matrix, const uint8_t *real, const int64_t *ids,
-                    const float *weights, const float *probability, const float *grad_weights, const float *grad_sum,
-                    num *grad_x, float *grad_matrix, float *partial, int threads) {
+                    const float *weights, const float *probability, const float *log_totals,
+                    const float *grad_weights, const float *grad_sum, float grad_squares, num *grad_x,
+                    float *grad_matrix, float *partial, int threads) {
     int64_t T = p->tokens, D = p->width, E = p->experts, K = p->chosen;
 #pragma omp parallel num_threads(threads)
     {
@@ -46,8 +62,9 @@ void route_backward(const routing *p, const num *x, const float *matrix, const u
             memset(own, 0, E * D * sizeof(float));
             for (int64_t t = block * BLOCK; t < end_of(block, T); t++) {
                 const float *q = probability + t * E;
-                float slope[E], mean = 0, kept = 0, along = 0;
-                for (int64_t e = 0; e < E; e++) slope[e] = grad_sum && (!real || real[t]) ? grad_sum[e] : 0;
+                int counts = !real || real[t];
+                float slope[E], mean = 0, kept = 0, along = 0, lift = counts ? 2 * grad_squares * log_totals[t] : 0;
+                for (int64_t e = 0; e < E; e++) slope[e] = grad_sum && counts ? grad_sum[e] : 0;
                 for (int64_t k = 0; grad_weights && k < K; k++) {
                     kept += q[ids[t * K + k]];
                     along += grad_weights[t * K + k] * weights[t * K + k];
@@ -57,7 +74,7 @@ void route_backward(const routing *p, const num *x, const float *matrix, const u
                     slope[ids[t * K + k]] += p->normalize ? (g - along) / kept : g;
                 }
                 for (int64_t e = 0; e < E; e++) mean += slope[e] * q[e];
-                for (int64_t e = 0; e < E; e++) slope[e] = (slope[e] - mean) * q[e];
+                for (int64_t e = 0; e < E; e++) slope[e] = (slope[e] - mean + lift) * q[e];
                 for (int64_t d = 0; d < D; d += LANES) {
                     vec g = {0}, row = load(x + t * D + d);
                     for (int64_t e = 0; e < E; e++) {

@@ -1,0 +1,125 @@
+"""Muon: the optimizer for matrices, expert stacks included.
+
+The momentum of each matrix is replaced by the nearest (semi-)orthogonal one, so that a step moves all directions
+alike. Sources: Jordan et al. 2024, "Muon: an optimizer for hidden layers"; for the polynomials of five steps Amsel et
+al. 2025, "The Polar Express".
+
+Shapes: M matrices of one shape, I rows and O columns of each, I <= O.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from moelet.precision import choose_dtype
+
+MOMENTUM = 0.95  # Jordan et al. 2024, with Nesterov's look ahead
+POLYNOMIALS = (  # x -> a x + b x^3 + c x^5 on singular values; Amsel et al. 2025, algorithm 1 with a margin of 2%
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+MARGIN = 1.02  # of the norm, so that rounding can't bring a singular value above 1
+TINY = 1e-7  # a matrix without gradient stays 0
+
+
+def orthogonalize(matrices_MIO: Tensor) -> Tensor:
+    """Return each matrix with all singular values near 1 and its singular vectors as they were.
+
+    Computed in the format of the input. All of them in one batched call, because one small product at a time leaves the
+    machine idle.
+    """
+    norm_M11 = matrices_MIO.float().square().sum((1, 2), keepdim=True).sqrt()
+    x_MIO = matrices_MIO / (norm_M11 * MARGIN + TINY).to(matrices_MIO.dtype)
+    for a, b, c in POLYNOMIALS:
+        gram_MII = x_MIO @ x_MIO.mT
+        poly_MII = torch.baddbmm(gram_MII, gram_MII, gram_MII, beta=b, alpha=c)
+        x_MIO = torch.baddbmm(x_MIO, poly_MII, x_MIO, beta=a)
+    return x_MIO
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for groups with `muon`, AdamW for the others; a group's `lr` counts for both.
+
+    A matrix is (out, in); a stack of them is handled matrix by matrix. The update has the size of sqrt(out / in) where
+    that is above 1, so that one rate fits all shapes.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "muon": False})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                (self._turn if group["muon"] else self._adamw)(group, parameters)
+
+    def _turn(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        gradients = _gradients(parameters)
+        momenta = [self._state(parameter, "momentum_buffer") for parameter in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        updates = torch._foreach_lerp(gradients, momenta, MOMENTUM)
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        dtype = choose_dtype("auto", parameters[0].device)
+        dtype = torch.float32 if dtype == torch.float16 else dtype  # its range is too small for the first polynomial
+        for members in _of_one_shape(updates):
+            stack_MIO = torch.cat([_flat(updates[index]).to(dtype) for index in members])
+            turned_MIO = orthogonalize(stack_MIO)
+            sizes = [_flat(updates[index]).shape[0] for index in members]
+            for index, part in zip(members, turned_MIO.split(sizes), strict=True):
+                parameter = parameters[index]
+                out, into = parameter.shape[-2:]
+                update = (part.mT if out > into else part).reshape(parameter.shape)
+                parameter.add_(update, alpha=-group["lr"] * max(1.0, out / into) ** 0.5)
+
+    def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        for parameter in parameters:
+            self._state(parameter, "exp_avg"), self._state(parameter, "exp_avg_sq")
+            self.state[parameter].setdefault("step", torch.zeros((), device=parameter.device))
+        states = [self.state[parameter] for parameter in parameters]
+        beta1, beta2 = group["betas"]
+        adamw(
+            parameters,
+            _gradients(parameters),
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _state(self, parameter: Tensor, name: str) -> Tensor:
+        if name not in self.state[parameter]:
+            self.state[parameter][name] = torch.zeros_like(parameter)
+        return self.state[parameter][name]
+
+
+def _gradients(parameters: list[Tensor]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _flat(update: Tensor) -> Tensor:
+    """Return the matrices of a parameter, (M, I, O), lying down: no more rows than columns."""
+    matrices = update.reshape(-1, *update.shape[-2:])
+    return matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+
+
+def _of_one_shape(updates: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Yield the indices of those that can be stacked."""
+    shapes: dict[tuple[int, ...], list[int]] = {}
+    for index, update in enumerate(updates):
+        shapes.setdefault(tuple(sorted(update.shape[-2:])), []).append(index)
+    yield from shapes.values()
