@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import CPU_ATTENTION, CPU_BACKENDS
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moelet import attention, modelling
@@ -226,7 +226,7 @@ def test_rows_of_a_batch_are_apart(attention_name: str, experts_name: str) -> No
     assert (after[1] - before[1]).abs().max() > 0.1
 
 
-def heads_without_transpose(self: modelling.Attention, x: Tensor) -> Tensor:
+def heads_without_transpose(self: modelling.Attention, x: Tensor, norm: nn.Module | None, place: object) -> Tensor:
     return x.view(x.shape[0], -1, x.shape[1], self.head_width)
 
 
@@ -356,8 +356,9 @@ def test_autocast_keeps_router_residual_and_logits_wide() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         output = model(random_ids(2, 8))
         assert output.hidden.dtype == torch.bfloat16 and model.logits(output.hidden).dtype == torch.float32
-        residual, branch, _ = model.layers[0](None, torch.randn(2, 8, 96), None, None, None)
-        assert residual.dtype == torch.float32 and branch.dtype == torch.bfloat16
+        embedded, place = torch.randn(2, 8, 96), model._place(random_ids(2, 8), None, None)
+        residual, branch, values, _ = model.layers[0](None, embedded, embedded, None, place)
+        assert residual.dtype == torch.float32 and branch.dtype == values.dtype == torch.bfloat16
     assert all(value.dtype == torch.float32 for stats in output.router for value in stats)
 
 
