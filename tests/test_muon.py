@@ -1,4 +1,4 @@
-"""Muon turns matrices and nothing else: against the singular value decomposition, torch's AdamW, and its own formula."""
+"""Muon turns matrices, and nothing else: against singular value decompositions, torch's AdamW, its own formula."""
 
 import itertools
 
@@ -85,7 +85,7 @@ def test_no_gradient_is_no_turn(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("shape", [(40, 16), (8, 8), (16, 40), (3, 40, 16), (3, 16, 40)], ids=str)
 def test_steps_by_the_formula(exact: None, shape: tuple[int, ...]) -> None:
-    """Momentum with Nesterov's look ahead, decay, and sqrt(out / in) where that is above 1; for each of a stack alone."""
+    """Momentum with Nesterov's look ahead, decay, sqrt(out / in) where that is above 1; each of a stack alone."""
     weight, rate, decay = nn.Parameter(normal(*shape)), 0.1, 0.5
     optimizer = one_group(weight, lr=rate, decay=decay)
     want, momentum = weight.detach().clone(), torch.zeros(shape)
