@@ -316,6 +316,11 @@ def test_the_parts_sum_to_the_step() -> None:
     assert parts["other"] < 0.6 * found["profiled_ms"]
 
 
+def slowed(output: Any) -> Any:
+    """Return a module's output, that of attention with its values, by way of `_Opaque`."""
+    return (_Opaque.apply(output[0]), *output[1:]) if isinstance(output, tuple) else _Opaque.apply(output)
+
+
 @pytest.mark.parametrize(("module", "part"), [("self_attn", "attention"), ("mlp.experts", "experts")])
 def test_time_without_operations_goes_where_it_belongs(module: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward 30 ms and backward 50 ms more, in each of 2 layers, must all be found in that part alone."""
@@ -326,7 +331,7 @@ def test_time_without_operations_goes_where_it_belongs(module: str, part: str, m
     for owner in (breakdown.Attention, breakdown.Experts):
         if module.endswith({"Attention": "self_attn", "Experts": "experts"}[owner.__name__]):
             forward = owner.forward
-            monkeypatch.setattr(owner, "forward", lambda self, *a, _f=forward: _Opaque.apply(_f(self, *a)))
+            monkeypatch.setattr(owner, "forward", lambda self, *a, _f=forward: slowed(_f(self, *a)))
     after = parts_of(workload())["parts_ms"]
     assert after[part] - before[part] == pytest.approx(160, abs=60)
     for other in set(breakdown.PARTS) - {part, "other", "data"}:

@@ -12,7 +12,7 @@ from moelet.sections import ModelSettings, OptimSettings
 
 SHAPE = {"max_length": 8, "d_model": 12, "d_embed": 6, "n_layers": 2, "n_heads": 2, "d_ff": 20, "n_experts": 5}
 VARIANTS = [{}, {"tie_embeddings": False}, {"d_embed": None}, {"activation": "swiglu"}, {"n_experts": 1, "top_k": 1}]
-UNDECAYED = ("layernorm.weight", "norm.weight", "embed.tokens.weight", "embed.positions.weight")
+UNDECAYED = ("layernorm.weight", "norm.weight", "mlp.gate.weight", "embed.tokens.weight", "embed.positions.weight")
 
 
 def tiny(**changes: object) -> GPT:
