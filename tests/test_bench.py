@@ -227,7 +227,7 @@ def test_variants_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_twins_of_a_modern_model_leave_out_what_routes() -> None:
-    settings = workload(shared_expert=24, selection_bias=True).hparams.model
+    settings = peers.changed(workload(shared_expert=24).hparams.model, selection_bias=True)
     active, total = (peers.dense(settings, width(settings)) for width in (peers.active_width, peers.total_width))
     assert (active.d_ff, total.d_ff) == (2 * 16 + 24, 4 * 16 + 24)
     assert (active.n_experts, active.shared_expert, active.selection_bias) == (1, 0, False)
