@@ -115,7 +115,7 @@ MUTANTS = [
         "a bias that counts in the weights, not in the choice alone",
         "moelet/moe.py",
         "    weights_TK = probability_TE.gather(1, ids_TK)",
-        "    weights_TK = ranked_TE.softmax(-1).gather(1, ids_TK)",
+        "    weights_TK = (logits_TE if bias_E is None else logits_TE + bias_E).softmax(-1).gather(1, ids_TK)",
         "tests/test_c_kernels.py",
     ),
     Mutant(
@@ -140,26 +140,26 @@ MUTANTS = [
         "tests/test_c_kernels.py",
     ),
     Mutant(
-        "a copy that C reads after it was let go",
+        "a gradient read as if it lay otherwise",
         "moelet/kernels/rotary.py",
         "grad_BSHC = grad_BSHC.contiguous()",
         "grad_BSHC = grad_BSHC",
         "tests/test_c_kernels.py",
     ),
     Mutant(
-        "positions of rotation that don't restart with documents",
+        "rotary positions that count on across the documents of a packed row",
         "moelet/modelling.py",
         "prepare_heads(x_BSHC, weight, NORM_EPS, place.angles, place.positions_BS)",
         "prepare_heads(x_BSHC, weight, NORM_EPS, place.angles, "
         "torch.arange(x_BSD.shape[1]).expand(x_BSD.shape[:2]) + place.positions_BS[:, :1])",
-        "tests/test_modern.py",
+        "tests/test_modern.py::test_documents_of_a_packed_row_are_apart",
     ),
     Mutant(
         "a token smeared into the next document",
         "moelet/modelling.py",
         ".sigmoid() * (positions_BS > 0)[..., None]",
         ".sigmoid()",
-        "tests/test_modern.py",
+        "tests/test_modern.py::test_documents_of_a_packed_row_are_apart",
     ),
     Mutant(
         "Muon without Nesterov's look ahead",
