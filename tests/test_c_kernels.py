@@ -3,6 +3,7 @@
 Experts and attention are tested with the other ways to compute them.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -323,6 +324,27 @@ def test_kernels_are_built_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) ->
     native._load.cache_clear()
     assert native.why_not(torch.float32) is None and built.stat().st_mtime_ns == before
     assert native.why_not(torch.float64) == "there are none for torch.float64"
+
+
+def test_a_library_cut_short_is_built_again(fresh: Path) -> None:
+    built = native.build(torch.float32)
+    whole = built.read_bytes()
+    built.unlink()  # not written over: it may be loaded
+    built.write_bytes(whole[:1000])
+    assert native.why_not(torch.float32) is None and built.stat().st_size == len(whole)
+
+
+def test_a_home_that_cant_be_written_has_a_place_among_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same in each process; but never what somebody else may have put there."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    own = native._cache()
+    assert own == native._cache() and own.parent == tmp_path and own.stat().st_mode & 0o777 == 0o700
+    own.chmod(0o777)
+    assert native._cache() != own
 
 
 def test_no_compiler_is_no_end(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
