@@ -91,6 +91,8 @@ def build(dtype: torch.dtype) -> Path:
         raise BuildError(f"{compiler} can't be run: {error}") from None
     if done.returncode:
         raise BuildError(f"{compiler} fails: {(done.stderr.strip() or 'no message').splitlines()[0]}")
+    with partial.open("rb") as written:
+        os.fsync(written.fileno())  # half a library, after a power cut, would end the process that loads it
     os.replace(partial, target)  # two processes may build at once: either's is whole
     return target
 
@@ -106,7 +108,7 @@ def _load(dtype: torch.dtype) -> ctypes.CDLL | str:
         path = build(dtype)
         try:
             return ctypes.CDLL(str(path))
-        except OSError:  # cut short by a crash or a full disk: once more, from the sources
+        except OSError:  # not a library: once more, from the sources
             path.unlink()
             return ctypes.CDLL(str(build(dtype)))
     except (BuildError, OSError) as error:
