@@ -147,12 +147,11 @@ MUTANTS = [
         "tests/test_c_kernels.py",
     ),
     Mutant(
-        "rotary positions that count on across the documents of a packed row",
-        "moelet/modelling.py",
-        "prepare_heads(x_BSHC, weight, NORM_EPS, place.angles, place.positions_BS)",
-        "prepare_heads(x_BSHC, weight, NORM_EPS, place.angles, "
-        "torch.arange(x_BSD.shape[1]).expand(x_BSD.shape[:2]) + place.positions_BS[:, :1])",
-        "tests/test_modern.py::test_documents_of_a_packed_row_are_apart",
+        "rotary frequencies that fall half as fast",
+        "moelet/rotary.py",
+        "torch.arange(0, head_width, 2, dtype=torch.float64)",
+        "torch.arange(head_width // 2, dtype=torch.float64)",
+        "tests/test_rotary.py",
     ),
     Mutant(
         "a token smeared into the next document",

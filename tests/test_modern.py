@@ -242,6 +242,24 @@ def test_documents_of_a_packed_row_are_apart(name: str) -> None:
 
 
 @each
+@pytest.mark.parametrize("kernels", [True, False])
+def test_autocast_keeps_the_residual_stream_wide(name: str, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not kernels:
+        monkeypatch.setattr(native, "_load", lambda dtype: "a test says so")
+    model, streams = modern(name), []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda module, inputs, output: streams.append(output))
+    ids = random_ids(2, CONTEXT)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(ids)
+        narrow = model.logits(output.hidden)
+    assert output.hidden.dtype == torch.bfloat16 and narrow.dtype == torch.float32
+    assert all(value.dtype == torch.float32 for stats in output.router for value in stats)
+    for residual, branch, values, _ in streams:
+        assert residual.dtype == torch.float32 and branch.dtype == values.dtype == torch.bfloat16
+
+
+@each
 def test_kernels_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden states, statistics and gradients with the kernels in C and without, on packed and padded rows."""
     model, batch = modern(name, max_length=LENGTH), packed_batch(0)
