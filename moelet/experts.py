@@ -8,19 +8,18 @@ Shapes: T tokens, D model, E experts, F expert hidden, K chosen per token, N = T
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moelet.errors import UserError, pick
 from moelet.kernels.experts import RoutedFFN, can_compute
 from moelet.kernels.native import TILE_COLUMNS, why_not
-from moelet.kernels.sorted_rows import BATCHED, Kernels, expert_mlp
+from moelet.kernels.sorted_rows import BATCHED, GROUPED, Kernels, expert_mlp
 
 
 def _relu2(x: Tensor) -> Tensor:
@@ -69,93 +68,6 @@ def reference(
     return y_TD
 
 
-class _Dispatch(torch.autograd.Function):
-    """Rows of x in expert order; backward gathers and sums each token's K rows instead of scattering into it."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, token_N: Tensor, slot_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(slot_TK)
-        return x_TD.index_select(0, token_N)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
-        (slot_TK,) = ctx.saved_tensors
-        return _sum_choices(grad_ND, slot_TK).to(grad_ND.dtype), None, None
-
-
-class _Combine(torch.autograd.Function):
-    """Each token's weighted sum over its K rows, accumulated in the weights' precision."""
-
-    @staticmethod
-    def forward(ctx: Any, out_ND: Tensor, weights_TK: Tensor, token_N: Tensor, order_N: Tensor, slot_TK: Tensor) -> Any:
-        ctx.save_for_backward(out_ND, weights_TK, token_N, order_N, slot_TK)
-        y_TD = torch.zeros(slot_TK.shape[0], out_ND.shape[1], dtype=weights_TK.dtype, device=out_ND.device)
-        for choice in range(slot_TK.shape[1]):
-            y_TD.addcmul_(out_ND[slot_TK[:, choice]].to(y_TD.dtype), weights_TK[:, choice, None])
-        return y_TD
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        out_ND, weights_TK, token_N, order_N, slot_TK = ctx.saved_tensors
-        rows_ND = grad_TD.index_select(0, token_N)
-        weight_N = weights_TK.flatten()[order_N]
-        grad_weight_N = (rows_ND * out_ND).sum(1)
-        return (rows_ND * weight_N[:, None]).to(out_ND.dtype), grad_weight_N[slot_TK], None, None, None
-
-
-def _sum_choices(rows_ND: Tensor, slot_TK: Tensor) -> Tensor:
-    """Return for each token the sum of its K rows, in float32 or better."""
-    wide = torch.promote_types(rows_ND.dtype, torch.float32)
-    sum_TD = rows_ND[slot_TK[:, 0]].to(wide)
-    for choice in range(1, slot_TK.shape[1]):
-        sum_TD += rows_ND[slot_TK[:, choice]]
-    return sum_TD
-
-
-def rows_per_expert(ids_N: Tensor, n_experts: int) -> list[int]:
-    """Return how many routed rows each expert has."""
-    return torch.bincount(ids_N, minlength=n_experts).tolist()
-
-
-def _grouped_products(rows_NI: Tensor, weights_EOI: Tensor, counts: Sequence[int]) -> Tensor:
-    """Return each expert's rows times its matrix: (N, I) x E matrices (O, I) -> (N, O)."""
-    groups = rows_NI.split(list(counts))
-    return torch.cat([F.linear(rows, weight) for rows, weight in zip(groups, weights_EOI.unbind(), strict=True)])
-
-
-def grouped(
-    x_TD: Tensor,
-    ids_TK: Tensor,
-    weights_TK: Tensor,
-    w_in_EFD: Tensor,
-    w_gate_EFD: Tensor | None,
-    w_out_EDF: Tensor,
-    activation: str,
-) -> Tensor:
-    """Sort the routed rows by expert once, then one matrix product per expert and matrix.
-
-    The work of K experts a token and no more. Row n of the sorted order belongs to token `token_N[n]`; the K rows of
-    token t stand at `slot_TK[t]`.
-    """
-    w_in_EFD, w_gate_EFD, w_out_EDF = _in_format(x_TD.dtype, w_in_EFD, w_gate_EFD, w_out_EDF)
-    n_experts, top_k = w_in_EFD.shape[0], ids_TK.shape[1]
-    flat_N = ids_TK.flatten()
-    order_N = torch.argsort(flat_N, stable=True)
-    slot_N = torch.empty_like(order_N)
-    slot_N[order_N] = torch.arange(flat_N.shape[0], device=flat_N.device)
-    token_N, slot_TK = order_N // top_k, slot_N.view_as(ids_TK)
-    counts = rows_per_expert(flat_N, n_experts)
-
-    rows_ND = _Dispatch.apply(x_TD, token_N, slot_TK)
-    up_NF = _grouped_products(rows_ND, w_in_EFD, counts)
-    gate_NF = None if w_gate_EFD is None else _grouped_products(rows_ND, w_gate_EFD, counts)
-    out_ND = _grouped_products(hidden_activation(up_NF, gate_NF, activation), w_out_EDF, counts)
-    y_TD: Tensor = _Combine.apply(out_ND, weights_TK, token_N, order_N, slot_TK)
-    return y_TD
-
-
 def fused(
     x_TD: Tensor,
     ids_TK: Tensor,
@@ -183,8 +95,8 @@ def _in_format(dtype: torch.dtype, *matrices: Tensor | None) -> list[Any]:
     return [None if matrix is None else matrix.to(dtype) for matrix in matrices]
 
 
-def _static(kernels: Kernels, *arguments: Any) -> Tensor:
-    """Sort the rows on the device and compute them with `kernels`, in shapes that don't depend on the routing."""
+def _sorted(kernels: Kernels, *arguments: Any) -> Tensor:
+    """Sort the rows by expert and compute them with `kernels`."""
     x_TD, ids_TK, weights_TK, w_in_EFD, w_gate_EFD, w_out_EDF, activation = arguments
 
     def activate(before: Tensor) -> Tensor:
@@ -196,9 +108,14 @@ def _static(kernels: Kernels, *arguments: Any) -> Tensor:
     return expert_mlp(x_TD, ids_TK, weights_TK, w_in_EID, w_out_EDF, activate, kernels)
 
 
+def grouped(*arguments: Any) -> Tensor:
+    """One matrix product per expert and matrix, without padding: the host waits for the counts, a CPU for nobody."""
+    return _sorted(GROUPED, *arguments)
+
+
 def batched(*arguments: Any) -> Tensor:
     """Batched products of the matrix library over padded blocks: static shapes on any device; the host never waits."""
-    return _static(BATCHED, *arguments)
+    return _sorted(BATCHED, *arguments)
 
 
 def triton(*arguments: Any) -> Tensor:
@@ -210,7 +127,7 @@ def triton(*arguments: Any) -> Tensor:
         )
     from moelet.kernels.grouped_gemm import TRITON  # needs triton, which CUDA builds of torch bring along
 
-    return _static(TRITON, *arguments)
+    return _sorted(TRITON, *arguments)
 
 
 def why_not_triton(x: Tensor) -> str | None:

@@ -75,11 +75,11 @@ MUTANTS = [
     ),
     Mutant(
         "capacity that lets a later token evict an earlier one",
-        "moelet/experts.py",
-        "    rows_ND = _Dispatch.apply(",
-        "    ends_E = torch.tensor(counts).cumsum(0)\n"
-        "    weights_TK = weights_TK * (ends_E[ids_TK] - slot_TK <= max(1, flat_N.shape[0] // n_experts))\n"
-        "    rows_ND = _Dispatch.apply(",
+        "moelet/kernels/sorted_rows.py",
+        "    y_TD: Tensor = _ExpertMLP.apply(",
+        "    kept_TK = rows.bounds[ids_TK + 1] - rows.slot_TK <= max(1, ids_TK.numel() // w_in_EID.shape[0])\n"
+        "    weights_TK = weights_TK * kept_TK\n"
+        "    y_TD: Tensor = _ExpertMLP.apply(",
         "tests/test_modelling.py",
     ),
     Mutant(

@@ -1,6 +1,7 @@
 """Every way to compute the experts equals the reference, outputs and gradients; the reference equals plain loops."""
 
 import ast
+import functools
 import inspect
 import math
 import random
@@ -18,6 +19,7 @@ from moelet import experts
 from moelet.errors import UserError
 from moelet.experts import ACTIVATIONS, GATED, routed_ffn
 from moelet.kernels import native, sorted_rows
+from moelet.kernels.sorted_rows import sort_by_expert
 
 # of the largest reference value
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -26,8 +28,8 @@ CASES = 200
 STEP = native.TILE_COLUMNS
 PLAIN = [backend for backend in CPU_BACKENDS if backend != "fused"]  # of any widths, in any precision
 # backend, what divides its widths, and precision
-RUNS = [(backend, 1, dtype) for backend in [*PLAIN, "auto"] for dtype in TOLERANCE] + [
-    (backend, STEP, dtype) for backend in ("fused", "auto") for dtype in (torch.float32, torch.bfloat16) if HAVE_KERNELS
+RUNS = [(backend, 1, dtype) for backend in PLAIN for dtype in TOLERANCE] + [
+    ("fused", STEP, dtype) for dtype in (torch.float32, torch.bfloat16) if HAVE_KERNELS
 ]
 
 
@@ -45,6 +47,7 @@ class Case(NamedTuple):
     upstream: Tensor
 
 
+@functools.cache
 def make_case(number: int, step: int = 1) -> Case:
     """Return case `number`: numbers that bfloat16 holds exactly, so that every precision gets the same ones.
 
@@ -88,6 +91,12 @@ def run(case: Case, backend: str, dtype: torch.dtype = torch.float64, device: st
     return {"y": y.detach().cpu().double()} | {n: g.cpu().double() for n, g in zip(leaves, gradients, strict=True)}
 
 
+@functools.cache
+def expected(number: int, step: int = 1) -> dict[str, Tensor]:
+    """Return the reference's output and gradients of a case."""
+    return run(make_case(number, step), "reference")
+
+
 def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float, about: str) -> None:
     assert got.keys() == want.keys()
     for name, value in want.items():
@@ -101,8 +110,19 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: flo
 def test_backends_equal_the_reference(backend: str, step: int, dtype: torch.dtype) -> None:
     for number in range(0, CASES, 3 if dtype == torch.float16 else 1):  # CPUs are slow at it
         case = make_case(number, step)
-        want = run(case, "reference")
-        assert_close(run(case, backend, dtype), want, TOLERANCE[dtype], f"case {number} ({case.kind})")
+        assert_close(
+            run(case, backend, dtype), expected(number, step), TOLERANCE[dtype], f"case {number} ({case.kind})"
+        )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("step", [1, STEP])
+def test_auto_is_the_kernel_where_it_can_compute_and_else_grouped(step: int, dtype: torch.dtype) -> None:
+    fused = HAVE_KERNELS and step == STEP and dtype in (torch.float32, torch.bfloat16)
+    for number in range(0, CASES, 9):  # of every kind and activation
+        case = make_case(number, step)
+        got, want = run(case, "auto", dtype), run(case, "fused" if fused else "grouped", dtype)
+        assert all(torch.equal(got[name], want[name]) for name in want), f"case {number} ({case.kind})"
 
 
 def test_cases_are_what_they_say() -> None:
@@ -208,7 +228,8 @@ def test_gradcheck(activation: str) -> None:
 
 def test_bf16_rows_are_summed_in_float32() -> None:
     rows = torch.tensor([[256.0], [1.0], [1.0], [1.0]], dtype=torch.bfloat16)  # in bfloat16, 256 + 1 is 256
-    assert experts._sum_choices(rows, torch.tensor([[0, 1, 2, 3]])).item() == 259.0
+    places = sort_by_expert(torch.tensor([[0, 1, 2, 3]]), 4, 1)
+    assert sorted_rows.GROUPED.sum_choices(rows, places, None, torch.float32).item() == 259.0
     x, w = torch.ones(1, 1), torch.ones(4, 1, 1)
     weights = torch.tensor([[256.0, 1.0, 1.0, 1.0]])
     with torch.autocast("cpu", torch.bfloat16):

@@ -33,6 +33,15 @@ CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() els
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 4e-2 if INTERPRETED else 2e-2}
 WIDTHS = [(16, 16), (33, 17), (5, 40)]  # in and out
 COUNTS = [[16, 0, 33, 1], [7]]  # rows of each expert
+# the interpreter is slow, and knows the half formats by their tiles and rounding alone
+SHAPES = [
+    (width_in, width_out, counts, dtype)
+    for width_in, width_out in WIDTHS
+    for counts in COUNTS
+    for dtype in TOLERANCE
+    if not INTERPRETED or dtype == torch.float32 or (width_in, len(counts)) == (33, 4)
+]
+IN_INTERPRETER = 6 + 2  # of SHAPES
 
 on_device = pytest.mark.gpu
 needs_triton = pytest.mark.skipif(
@@ -65,9 +74,7 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> bool:
 
 @on_device
 @needs_triton
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("counts", COUNTS, ids=str)
-@pytest.mark.parametrize("width_in, width_out", WIDTHS)
+@pytest.mark.parametrize(("width_in", "width_out", "counts", "dtype"), SHAPES, ids=str)
 def test_each_kernel_equals_plain_torch(width_in: int, width_out: int, counts: list[int], dtype: torch.dtype) -> None:
     from moelet.kernels.grouped_gemm import TRITON, choose_tile
 
@@ -106,7 +113,7 @@ def test_triton_equals_the_reference(dtype: torch.dtype) -> None:
 @on_device
 @needs_triton
 def test_triton_gives_the_same_bits() -> None:
-    for number in (0, 9, 21):
+    for number in (0, 21) if INTERPRETED else range(CASES):
         first, second = (run(make_case(number), "triton", torch.float16, DEVICE) for _ in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -251,4 +258,4 @@ def test_the_interpreter_agrees() -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) == len(TOLERANCE) * (1 + len(WIDTHS) * len(COUNTS)) + 1
+    assert passed and int(passed[1]) == IN_INTERPRETER + len(TOLERANCE) + 1

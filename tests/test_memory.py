@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moelet import experts
-from moelet.kernels import native
+from moelet.kernels import native, sorted_rows
+from moelet.kernels.sorted_rows import Rows
 from moelet.loss import linear_cross_entropy
 from moelet.modelling import GPT
 from moelet.optim import adamw
@@ -26,22 +26,27 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, existing: Iterable[Tensor]) -> None:
         super().__init__()
-        self.live: dict[StorageWeakRef, int] = {}
+        self.sizes: dict[StorageWeakRef, int] = {}
+        self.total = 0  # of `sizes`, some of which may be dead
         self.peak = 0
         for tensor in existing:
             self._add(tensor)
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        self.live[StorageWeakRef(storage)] = storage.nbytes()
+        reference = StorageWeakRef(storage)
+        self.total += storage.nbytes() - self.sizes.get(reference, 0)
+        self.sizes[reference] = storage.nbytes()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for item in result if isinstance(result, tuple | list) else [result]:
             if isinstance(item, Tensor):
                 self._add(item)
-        self.live = {reference: size for reference, size in self.live.items() if not reference.expired()}
-        self.peak = max(self.peak, sum(self.live.values()))
+        if self.total > self.peak:  # only then is it worth to look who is dead
+            self.sizes = {reference: size for reference, size in self.sizes.items() if not reference.expired()}
+            self.total = sum(self.sizes.values())
+            self.peak = max(self.peak, self.total)
         return result
 
 
@@ -75,10 +80,15 @@ def peak_of_steps(
     return counted.peak
 
 
+def fair_share(rows: Rows) -> list[int]:
+    n_experts = rows.bounds.shape[0] - 1
+    return [rows.choice_N.shape[0] // n_experts] * n_experts
+
+
 @pytest.fixture
 def even_load(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake tensors have no values to count, so every expert gets its fair share."""
-    monkeypatch.setattr(experts, "rows_per_expert", lambda ids_N, n_experts: [ids_N.shape[0] // n_experts] * n_experts)
+    monkeypatch.setattr(sorted_rows, "rows_per_expert", fair_share)
 
 
 def test_counting_fakes_equals_counting_real_tensors(even_load: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,8 +110,8 @@ def test_the_reference_job_fits_a_t4(even_load: None) -> None:
 
 
 def test_checkpointing_keeps_what_enters_a_layer_alone(even_load: None) -> None:
-    """The memory that a row adds falls from that of all layers to that of one: to less than 0.4 with four layers."""
-    settings = ModelSettings()
+    """The memory that a row adds falls from that of all layers to that of one: to less than 0.35 with six layers."""
+    settings = ModelSettings(n_layers=6)
     with FakeTensorMode():
         (few, few_again), (many, many_again) = (
             [
@@ -110,6 +120,6 @@ def test_checkpointing_keeps_what_enters_a_layer_alone(even_load: None) -> None:
             ]
             for rows in (8, 16)
         )
-    print(f"peak at 60 x 512, V = 32,000: {many / GIB:.2f} GiB; with layers computed again {many_again / GIB:.2f} GiB")
-    assert many_again - few_again < 0.4 * (many - few)
-    assert many_again < 0.5 * many
+    print(f"peak at 16 x 512, V = 32,000: {many / GIB:.2f} GiB; with layers computed again {many_again / GIB:.2f} GiB")
+    assert many_again - few_again < 0.35 * (many - few)
+    assert many_again < 0.4 * many

@@ -3,13 +3,14 @@
 Which rows an expert has stays on the device, so that the host never waits for it: blocks of rows of one expert are
 listed in a map of static size, ceil(N / rows of a block) + E blocks, of which the surplus stands for nothing. How the
 products are computed comes as `Kernels`: those of this file are batched products of the matrix library, which need
-whole blocks, for any device; `moelet.kernels.grouped_gemm` has Triton's. The activation comes as a function.
+whole blocks, for any device, and for a CPU, where nobody waits, a product an expert, which need none;
+`moelet.kernels.grouped_gemm` has Triton's. The activation comes as a function.
 
 Shapes: T tokens, D model, E experts, F expert hidden, K chosen per token, N routed rows: T*K, or more where blocks are
 padded; I and O the widths of a product's input and output.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -188,3 +189,41 @@ def _sum_choices(rows_ND: Tensor, rows: Rows, weights_TK: Tensor | None, dtype: 
 
 
 BATCHED = Kernels(_batched_block_rows, _batched_products, _batched_outer_sums, _sum_choices, padded=True)
+
+
+def rows_per_expert(rows: Rows) -> list[int]:
+    """Return how many rows each expert has; the host waits for it."""
+    return rows.bounds.diff().tolist()
+
+
+def _grouped_block_rows(x_TD: Tensor, n_rows: int, n_experts: int) -> int:
+    """Return all: nobody looks at the blocks."""
+    return max(1, n_rows)
+
+
+def _grouped_products(x: Tensor, w_EOI: Tensor, rows: Rows, gather: bool) -> Tensor:
+    """Return each row times its expert's matrix: one product an expert, gathered when its turn comes."""
+    y_NO = x.new_empty(rows.token_N.shape[0], w_EOI.shape[1])
+    products = y_NO.split(rows_per_expert(rows))
+    for part, w_OI, product in zip(_parts(x, rows, gather), w_EOI, products, strict=True):
+        torch.mm(part, w_OI.T, out=product)
+    return y_NO
+
+
+def _grouped_outer_sums(a: Tensor, b: Tensor, rows: Rows, gather_a: bool, gather_b: bool) -> Tensor:
+    """Return each expert's sum of a[n] b[n]^T: one product an expert."""
+    y_EOI = a.new_empty(rows.bounds.shape[0] - 1, a.shape[1], b.shape[1])
+    for one, other, y_OI in zip(_parts(a, rows, gather_a), _parts(b, rows, gather_b), y_EOI, strict=True):
+        torch.mm(one.T, other, out=y_OI)
+    return y_EOI
+
+
+def _parts(x: Tensor, rows: Rows, gather: bool) -> Iterator[Tensor]:
+    """Yield each expert's rows of x: of tokens where they are to be gathered."""
+    counts = rows_per_expert(rows)
+    if not gather:
+        return iter(x.split(counts))
+    return (x.index_select(0, tokens) for tokens in rows.token_N.split(counts))
+
+
+GROUPED = Kernels(_grouped_block_rows, _grouped_products, _grouped_outer_sums, _sum_choices, padded=False)
