@@ -28,7 +28,7 @@ class Rule(NamedTuple):
 # load: of the fair share. entropy: of the highest; at 0.02 of ln 8 the best expert of a token has about 0.993 of its
 # weight; healthy runs came down to 0.2, a collapsed one to 0.001 (docs/experiments.md, 10). largest: bf16 has 8 bits,
 # so a router's input is off by up to 2^-9 of itself, and a score of 64 by as much as 0.125: an eighth of the weight
-# e^score is rounding (why Zoph et al. 2022, "ST-MoE", keep scores small); healthy runs stayed under 10.
+# e^score is rounding (why Zoph et al. 2022, "ST-MoE", keep scores small); healthy runs stayed under 11.
 RULES = {"load": Rule(1.0, 0.1, 0.3), "entropy": Rule(1.0, 0.02, 0.05), "largest": Rule(0.0, 64.0, 48.0)}
 
 
