@@ -137,6 +137,36 @@ def prepare(
     _write_json(json_file, {key: made[key] for key in ("items", "bytes", "tokens", "vocab_size")})
 
 
+@app.command(epilog="Example: moelet upcycle runs/dense --run runs/moe --experts 8 --set train.train_steps=500")
+def upcycle(
+    dense: Annotated[Path, typer.Argument(metavar="DENSE_RUN", help="A run folder whose model.n_experts is 1.")],
+    run: Annotated[Path, typer.Option("--run", metavar="DIR", help="The new run's folder.")],
+    experts: Annotated[int, typer.Option(help="Copies of each dense layer.")] = 8,
+    top_k: Annotated[int, typer.Option(help="Experts that each token uses.")] = 2,
+    noise: Annotated[float, typer.Option(help="Added to each copy, relative to its matrix's spread.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the routers and the noise.")] = 0,
+    continue_data: Annotated[
+        bool, typer.Option("--continue-data", help="Read on where the dense run stood, not from the start.")
+    ] = False,
+    changes: Changes = None,
+) -> None:
+    """Make a Mixture of Experts of a dense run: a new run that starts at its loss."""
+    from moelet.console import table
+    from moelet.upcycle import upcycle as make
+
+    made = make(dense, run, experts, top_k, noise, seed, changes or [], continue_data)
+    steps = made.hparams.total_steps
+    rows = [
+        ("weights", f"those of {dense} at step {made.step}, each dense layer {experts} times; noise {noise:g}"),
+        ("parameters", f"{made.parameters / 1e6:.1f}M, of which a token uses {top_k} of {experts} experts; the dense "
+         f"model's {made.dense_parameters / 1e6:.1f}M"),
+        ("text", "from where the dense run stood" if continue_data else "from its start; --continue-data reads on"),
+        ("length", "a time budget" if steps is None else f"{steps:,} steps, with a schedule and optimizer of its own"),
+    ]  # fmt: skip
+    print("\n".join(table(str(run), rows)))
+    print(f"train   python -m moelet train --resume {run}")
+
+
 @app.command(epilog='Example: moelet generate runs/first --prompt "def main(" --temperature 0.7 --top-k 40')
 def generate(
     run: RunFolder,

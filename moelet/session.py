@@ -16,6 +16,7 @@ from moelet.documents import Cursor
 from moelet.errors import TemporaryError, UserError
 from moelet.evaluate import evaluate
 from moelet.generate import Sampling, stream_text
+from moelet.health import alarm_lines
 from moelet.loss import bits_per_byte
 from moelet.metrics import append_metrics, peak_memory_mb, sync_metrics
 from moelet.step import StepReport, Training, snapshot, train_step
@@ -74,14 +75,17 @@ class Session:
         if training.step == before:  # skipped: fp16 overflowed
             return
         self.plan(took)
+        alarms = training.health.note(training.step, report.expert_load, report.router_entropy, report.router_largest)
         evaluates, better = self.due(settings.eval_steps), False
-        if evaluates or training.step == 1 or self.due(settings.log_steps):
+        if alarms or evaluates or training.step == 1 or self.due(settings.log_steps):
             row = metrics_row(training, report, self.logged, self.rate) | {"data_wait": self.waited}
+            row |= {"alarms": [alarm._asdict() for alarm in alarms]} if alarms else {}
             self.logged, self.waited = (training.tokens, training.seconds), 0.0
             better = evaluates and self.assess(row)
             row["elapsed"] = training.elapsed = self.clock.now()
             append_metrics(self.run, row)
             self.show(row)
+            self.progress.say(*alarm_lines(training.step, alarms, training.hparams))
         if better or self.due(settings.checkpoint_steps):
             self.save()
 
@@ -180,6 +184,7 @@ def metrics_row(training: Training, report: StepReport, since: tuple[int, float]
         "expert_load": report.expert_load,
         "router_entropy": report.router_entropy,
         "router_largest": report.router_largest,
+        "starving_experts": training.health.starving(),
         "memory_mb": peak_memory_mb(training.device),
     }
     if training.scaler is not None:

@@ -17,6 +17,7 @@ from moelet.checkpoint import Checkpoint
 from moelet.data import START, Batch
 from moelet.documents import Cursor
 from moelet.errors import UserError, pick
+from moelet.health import Health
 from moelet.hparams import Hparams
 from moelet.loss import BALANCE, IGNORE, linear_cross_entropy
 from moelet.metrics import expert_load, router_health
@@ -49,6 +50,7 @@ class Training:
     skipped_in_a_row: int = 0
     cursor: Cursor = dataclasses.field(default_factory=lambda: dict(START))
     best: dict[str, float] | None = None  # step and val_loss of the best checkpoint
+    health: Health = dataclasses.field(default_factory=Health)
 
     @property
     def total_steps(self) -> int | None:
@@ -254,6 +256,7 @@ def snapshot(training: Training, marks: dict[str, str]) -> Checkpoint:
         for key, value in training.optimizer.state[parameter].items()
     }
     state = {name: getattr(training, name) for name in PROGRESS}
+    state["health"] = training.health.state()
     state["scaler"] = None if training.scaler is None else training.scaler.state_dict()
     return Checkpoint(training.step, training.model.state_dict(), optimizer, state, marks)
 
@@ -271,5 +274,6 @@ def restore(training: Training, saved: Checkpoint) -> None:
         training.optimizer.state[parameters[name]][entry] = value.to(training.device)
     for name in PROGRESS:
         setattr(training, name, saved.state[name])
+    training.health = Health.restored(saved.state.get("health", {}))
     if training.scaler is not None and saved.state["scaler"] is not None:
         training.scaler.load_state_dict(saved.state["scaler"])

@@ -246,6 +246,20 @@ MUTANTS = [
         "                cursor = self._queue.queue[-1][1]\n",
         "tests/test_data.py",
     ),
+    Mutant(
+        "upcycled experts whose weights don't sum to 1",
+        "moelet/upcycle.py",
+        '"normalize_top_k": True',
+        '"normalize_top_k": False',
+        "tests/test_upcycle.py",
+    ),
+    Mutant(
+        "an alarm only at logged steps",
+        "moelet/session.py",
+        "if alarms or evaluates",
+        "if evaluates",
+        "tests/test_health.py",
+    ),
 ]
 
 

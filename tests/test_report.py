@@ -12,7 +12,8 @@ import pytest
 
 from moelet.errors import UserError
 from moelet.hparams import make_hparams
-from moelet.report import _short, read_metrics, smooth, write_loss_curve, write_report
+from moelet.page import short
+from moelet.report import read_metrics, smooth, write_loss_curve, write_report
 
 HOSTILE = "<img src=x onerror=alert(1)></pre><script>alert(2)</script> \ud800 & \u202e 'quoted'"
 VOID = {"meta", "br", "img", "link", "input", "hr", "path", "use", "image"}
@@ -131,7 +132,7 @@ def test_smooth_of_a_constant_is_the_constant_from_the_first_value() -> None:
     ("value", "text"), [(0, "0"), (999, "999"), (999_999, "1M"), (1_234_567, "1.23M"), (0.0005, "0.0005")]
 )
 def test_numbers_are_shortened_without_losing_their_size(value: float, text: str) -> None:
-    assert _short(value) == text
+    assert short(value) == text
 
 
 def test_metrics_leave_out_a_line_cut_short_and_name_a_damaged_one(tmp_path: Path) -> None:
@@ -249,3 +250,23 @@ def test_odd_runs(tmp_path: Path, name: str) -> None:
     assert ("load of each expert in each layer" in page.charts) == bool(rows[-1].get("expert_load"))
     assert ("finished: step 170" in page.text.replace("unfinished", "")) == (rows[-1]["step"] == 170)
     assert not re.search(r"\b(nan|inf|None)\b", page.text)
+
+
+def test_the_experts_part_shows_routers_and_alarms(tmp_path: Path) -> None:
+    rows = make_rows(steps=60, layers=2, experts=4)
+    for row in rows:
+        row |= {"router_entropy": [0.9, 0.5], "router_largest": [3.0, 80.0], "starving_experts": [0, 1]}
+    alarm = {"kind": "load", "layer": 1, "expert": 3, "value": 0.0987, "since": 12}
+    rows[40]["alarms"] = [alarm, {"kind": HOSTILE}, HOSTILE, alarm | {"expert": HOSTILE}, alarm | {"value": None}]
+    rows[41]["alarms"] = HOSTILE
+    page = Page(write_report(make_run(tmp_path / "run", rows)))
+    assert "layer 1, expert 3: 0.10 of the fair share on average, below 0.3 since step 12" in page.text
+    assert "set balance.alpha 0.1 (it is 0.01)" in page.text
+    assert "Starving at the end, by the alarm's average: 1 of 8 experts." in page.text
+    labels = {dict(attributes).get("aria-label") for name, attributes in page.elements if name == "svg"}
+    assert {"router entropy, share of the highest", "largest router score"} <= labels
+    assert page.open == [] and not {name for name, _ in page.elements} & {"script", "img"}
+
+
+def test_without_alarms_the_page_has_no_such_part(tmp_path: Path) -> None:
+    assert "Alarms" not in Page(write_report(make_run(tmp_path / "run", make_rows(steps=40)))).text

@@ -1,0 +1,80 @@
+"""What the pages and pictures of a run are drawn with: colours, axes, lines, tables. What they show is others' work."""
+
+import html
+import io
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Blue and vermilion of Okabe and Ito's palette, told apart by every kind of colour vision. In the page each becomes a
+# CSS variable of this name, so that the charts follow the reader's light or dark theme.
+INK, MUTED, GRID, PAPER, TRAIN, VALID = "#1d2330", "#697386", "#dfe3ea", "#fffffe", "#0072b2", "#d55e00"
+COLORS = {"ink": INK, "muted": MUTED, "grid": GRID, "paper": PAPER, "train": TRAIN, "valid": VALID}
+POINTS = 1500  # of a line: more than the pixels it crosses, few enough that a week's run makes a page of 1 MB
+Point = tuple[float, float]  # tokens, value
+
+
+def as_number(value: Any) -> float:
+    """Return a number as it is, anything else as NaN."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def short(value: float, _position: object = None) -> str:
+    """Return three digits and a unit: 1_234_567 is "1.23M"."""
+    rounded = float(f"{value:.3g}")
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(rounded) >= size:
+            return f"{rounded / size:g}{unit}"
+    return f"{rounded:g}"
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure  # not pyplot: no window, no global state; savefig picks Agg or SVG itself
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
+
+
+def dress(axes: "Axes", right: float) -> None:
+    """Give `axes` the look of the house and an x axis from 0 to `right`."""
+    axes.set(xlim=(0, right or 1), facecolor="none", axisbelow=True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(MUTED)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.tick_params(colors=MUTED, length=0, labelsize=9.5, pad=5)
+    axes.set_xlabel("training tokens", color=MUTED)
+    axes.xaxis.set_major_formatter(short)
+
+
+def draw_line(axes: "Axes", points: Sequence[Point], **style: Any) -> None:
+    """Draw a line through about POINTS of `points`, the last included; a single one is a dot."""
+    chosen = points[:: -(len(points) // POINTS + 1)][::-1]
+    axes.plot(*zip(*chosen, strict=True), solid_capstyle="round", **{"marker": "o" if len(points) == 1 else ""} | style)
+
+
+def as_svg(figure: "Figure", label: str) -> str:
+    """Return the figure as an inline SVG whose colours are the page's variables and whose text is text."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    figure.set_facecolor("none")
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):  # the salt makes ids repeatable
+        figure.savefig(buffer, format="svg", dpi=150, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = buffer.getvalue().partition("<svg")[2]
+    svg = re.sub(r' (xmlns(:\w+)?|width|height|version)="[^"]*"', "", svg, count=5)
+    for name, color in COLORS.items():
+        svg = svg.replace(color, f"var(--{name})")
+    return f'<figure><svg role="img" aria-label="{html.escape(label)}"{svg}</figure>'
+
+
+def as_table(rows: Iterable[Sequence[object]]) -> str:
+    cells = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows)
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+
+
+def as_section(title: str, body: str, note: str = "") -> str:
+    return f"<section><h2>{title}</h2>{f'<p>{note}</p>' if note else ''}{body}</section>"
