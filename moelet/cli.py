@@ -253,6 +253,58 @@ def bench(
     _write_json(json_file, result)
 
 
+@app.command(epilog="Example: moelet prove hparams.json --time-budget 60m --run runs/does-it-pay")
+def prove(
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The settings; default: hparams.json.")] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", metavar="DIR", help="The study's folder; one that is there goes on.")
+    ] = None,
+    time_budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Choose width and tokens so that all ends within it, as 60m.")
+    ] = None,
+    vary: Annotated[
+        list[str] | None, typer.Option(metavar="K=A,B", help="Compare values of a setting; several are crossed.")
+    ] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(metavar="'NAME: K=V K=V'", help="Compare the file with changes to it.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each arm; default: 3.")] = None,
+    lr_grid: Annotated[
+        str | None, typer.Option(metavar="X,Y", help="Factors on learning rates to try; default: 0.5,1,2; 1: none.")
+    ] = None,
+    horizons: Annotated[
+        str | None, typer.Option(metavar="X,Y", help="Shares of the tokens, a run each; default: 0.25,0.5,1.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time, sharing the threads; default: 1.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="PLAN", help="Make a study's plan.json again, in a new folder.")
+    ] = None,
+    changes: Changes = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Find out whether a mixture of experts pays, or what changes to the settings do."""
+    from moelet.budget import parse_duration
+    from moelet.console import Progress
+    from moelet.planning import Request
+    from moelet.prove import prove as carry_out
+
+    _check_writable(json_file)
+    began = time.monotonic()
+    budget = None if time_budget is None else parse_duration(time_budget)
+    grid, shares = _numbers("--lr-grid", lr_grid), _numbers("--horizons", horizons)
+    request = Request(file, changes or (), vary or (), arm or (), seeds, grid, shares, jobs, budget, plan)
+    folder = run or Path(f"runs/prove-{time.strftime('%Y%m%d-%H%M%S')}")
+    _write_json(json_file, carry_out(request, folder, Progress(), began))
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    """Return the numbers in text like "0.5,1"; raise UserError for anything else."""
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} is {text!r}. It needs numbers with commas between. Write {option} 0.5,1.") from None
+
+
 @tokenizer_app.command("train", epilog="Example: moelet tokenizer train 'texts/*.txt' --vocab-size 8192 --out my.model")
 def train_tokenizer(
     files: Annotated[list[str], typer.Argument(metavar="FILES", help="Paths, globs or folders of text.")],
