@@ -287,6 +287,7 @@ def prove(
     from moelet.console import Progress
     from moelet.planning import Request
     from moelet.prove import prove as carry_out
+    from moelet.prove_page import write
 
     _check_writable(json_file)
     began = time.monotonic()
@@ -294,7 +295,12 @@ def prove(
     grid, shares = _numbers("--lr-grid", lr_grid), _numbers("--horizons", horizons)
     request = Request(file, changes or (), vary or (), arm or (), seeds, grid, shares, jobs, budget, plan)
     folder = run or Path(f"runs/prove-{time.strftime('%Y%m%d-%H%M%S')}")
-    _write_json(json_file, carry_out(request, folder, Progress(), began))
+    progress = Progress()
+    found = carry_out(request, folder, progress, began)
+    progress.say("", *(comparison["sentence"] for comparison in found["comparisons"]))
+    page, picture = write(found, folder)
+    progress.say(f"see   {page} and {picture}")
+    _write_json(json_file, found)
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:

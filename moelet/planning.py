@@ -33,7 +33,7 @@ from moelet.console import Progress, duration
 from moelet.errors import UserError
 from moelet.hparams import Hparams, make_hparams, read_hparams
 from moelet.prepare import prepare
-from moelet.shards import fingerprint_prepared, folder_of, read_manifest
+from moelet.shards import MANIFEST, fingerprint_prepared, folder_of, read_manifest
 from moelet.study import PLAN, REPORT_SECONDS, Arm, Plan
 from moelet.tokenizer import Tokenizer
 from moelet.train import check, make_tokenizer, pinned
@@ -233,7 +233,8 @@ def prepare_text(plan: Plan, folder: Path, progress: Progress) -> dict[str, Any]
     if base.data.source == "prepared":
         data = base.data.model_dump(mode="json")
     else:
-        prepare(base, folder / "data", math.ceil(plan.tokens * TEXT_MARGIN), progress)
+        if not (plan.text and (folder / "data" / MANIFEST).exists()):  # else the source may be gone by now
+            prepare(base, folder / "data", math.ceil(plan.tokens * TEXT_MARGIN), progress)
         data = {"source": "prepared", "files": [str((folder / "data").absolute())], "mix": None}
     ready = base.data.model_copy(update=data)
     manifest = read_manifest(folder_of(ready))

@@ -6,10 +6,8 @@ samples): every text is escaped, and the page's content policy forbids scripts a
 """
 
 import html
-import io
 import json
 import math
-import re
 import shlex
 import statistics
 from collections.abc import Iterable, Sequence
@@ -19,15 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from moelet.errors import UserError
 from moelet.hparams import Hparams, read_hparams
+from moelet.page import INK, MUTED, PAPER, TRAIN, VALID, dress, new_figure, page, section, short, svg_of, table_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Blue and vermilion of Okabe and Ito's palette, told apart by every kind of colour vision. In the page each becomes a
-# CSS variable of this name, so that the charts follow the reader's light or dark theme.
-INK, MUTED, GRID, PAPER, TRAIN, VALID = "#1d2330", "#697386", "#dfe3ea", "#fffffe", "#0072b2", "#d55e00"
-COLORS = {"ink": INK, "muted": MUTED, "grid": GRID, "paper": PAPER, "train": TRAIN, "valid": VALID}
 LOAD_COLORS = ((0.0, 0.447, 0.698), (0.902, 0.451, 0.0))  # below and above the fair share; opacity says how far
 POINTS = 1500  # of a line: more than the pixels it crosses, few enough that a week's run makes a page of 1 MB
 Point = tuple[float, float]  # tokens, value
@@ -59,7 +54,7 @@ class _Run:
         model = self.hparams.model
         experts = f"{model.n_experts} experts top-{model.top_k}" if model.n_experts > 1 else "dense"
         layers = f"{model.n_layers} layer{'s' * (model.n_layers > 1)} × {model.d_model}"
-        return f"{layers}, {experts}, {_short(self.tokens)} tokens"
+        return f"{layers}, {experts}, {short(self.tokens)} tokens"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -115,19 +110,16 @@ def write_report(run: Path) -> Path:
     done = read.rows[-1]["step"]
     total = read.rows[-1].get("total_steps") or read.hparams.total_steps or done
     status = "finished" if done >= total else "unfinished"
-    panels = "".join(_svg(figure, label) for figure, label in _panels(read))
+    panels = "".join(svg_of(figure, label) for figure, label in _panels(read))
     body = (
         _tiles(read),
-        _section("Loss", _svg(_loss_figure(read), "loss against tokens")),
-        _section("Training", f'<div class="panels">{panels}</div>'),
+        section("Loss", svg_of(_loss_figure(read), "loss against tokens")),
+        section("Training", f'<div class="panels">{panels}</div>'),
         *(part(read) for part in (_load_section, _samples, _data_table, _settings)),
     )
     pill = f'<span class="pill {status}">{status}: step {done:,} of {total:,}</span>'
-    name, shape = html.escape(read.path.resolve().name), html.escape(read.shape)
-    css = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
-    page = PAGE.format(css=css, name=name, shape=shape, pill=pill, body="".join(body))
     path = read.path / "report.html"
-    path.write_bytes(page.encode("utf-8", errors="replace"))  # a sample can hold half a surrogate pair
+    path.write_bytes(page("run", read.path.resolve().name, read.shape, pill, body))
     return path
 
 
@@ -143,32 +135,6 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
-def _short(value: float, _position: object = None) -> str:
-    """Return three digits and a unit: 1_234_567 is "1.23M"."""
-    rounded = float(f"{value:.3g}")
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(rounded) >= size:
-            return f"{rounded / size:g}{unit}"
-    return f"{rounded:g}"
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure  # not pyplot: no window, no global state; savefig picks Agg or SVG itself
-
-    return Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
-
-
-def _dress(axes: "Axes", right: float) -> None:
-    """Give `axes` the look of the house and an x axis from 0 to `right`."""
-    axes.set(xlim=(0, right or 1), facecolor="none", axisbelow=True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(MUTED)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.tick_params(colors=MUTED, length=0, labelsize=9.5, pad=5)
-    axes.set_xlabel("training tokens", color=MUTED)
-    axes.xaxis.set_major_formatter(_short)
-
-
 def _line(axes: "Axes", points: Sequence[Point], **style: Any) -> None:
     """Draw a line through about POINTS of `points`, the last included; a single one is a dot."""
     chosen = points[:: -(len(points) // POINTS + 1)][::-1]
@@ -176,9 +142,9 @@ def _line(axes: "Axes", points: Sequence[Point], **style: Any) -> None:
 
 
 def _loss_figure(run: _Run) -> "Figure":
-    figure = _figure(8, 4.5)
+    figure = new_figure(8, 4.5)
     axes = figure.add_subplot()
-    _dress(axes, run.tokens * 1.01)
+    dress(axes, run.tokens * 1.01)
     axes.set_ylabel("loss (nats per token)", color=MUTED)
     axes.set_title(run.shape, loc="left", color=INK, fontsize=13, fontweight="bold", pad=14)
     train, valid = run.points("loss"), run.points("val_loss")
@@ -240,13 +206,13 @@ def _panels(run: _Run) -> Iterable[tuple["Figure", str]]:
         if not (points := run.points(key)):
             continue
         clip = run.hparams.optim.grad_clip if key == "grad_norm" else None
-        figure = _figure(4.6, 2.7)
+        figure = new_figure(4.6, 2.7)
         axes = figure.add_subplot()
-        _dress(axes, run.tokens * 1.01)
+        dress(axes, run.tokens * 1.01)
         axes.set_title(name, loc="left", color=INK, fontsize=11.5, fontweight="bold")
         _line(axes, points, color=TRAIN, linewidth=1.6)
         axes.set_ylim(0, max(sorted(v for _, v in points)[-1 - len(points) // 50], clip or 0) * 1.15 or 1)
-        axes.yaxis.set_major_formatter(_short)
+        axes.yaxis.set_major_formatter(short)
         axes.locator_params(nbins=5)
         if clip:
             axes.axhline(clip, color=VALID, linewidth=1.2, linestyle="--")
@@ -259,7 +225,7 @@ def _load_figure(rows: Sequence[dict[str, Any]]) -> "Figure":
     import numpy as np
 
     tokens, shape = [row["tokens"] for row in rows], [len(layer) for layer in rows[-1]["expert_load"]]
-    figure = _figure(9.6, 0.6 + len(shape) * min(0.5 + 0.14 * max(shape), 3))
+    figure = new_figure(9.6, 0.6 + len(shape) * min(0.5 + 0.14 * max(shape), 3))
     grid = figure.subplots(len(shape), 2, squeeze=False, sharex="col", width_ratios=(3, 1.25))
     widest = 1.2 * np.nanmax([2.0, *(_number(v) for layer in rows[-1]["expert_load"] for v in layer)])
     for layer, (left, right) in enumerate(grid):
@@ -275,7 +241,7 @@ def _load_figure(rows: Sequence[dict[str, Any]]) -> "Figure":
         right.barh(range(len(last)), last, color=[LOAD_COLORS[int(v >= 1)] for v in last], height=0.72, alpha=0.85)
         right.axvline(1, color=INK, linewidth=1.2, linestyle="--")
         for axes, width in ((left, tokens[-1]), (right, widest)):
-            _dress(axes, width)
+            dress(axes, width)
             axes.grid(False)
             axes.set(ylim=(len(last) - 0.5, -0.5), yticks=range(0, len(last), math.ceil(len(last) / 8)))
             axes.xaxis.label.set_visible(layer == len(shape) - 1)
@@ -286,30 +252,6 @@ def _load_figure(rows: Sequence[dict[str, Any]]) -> "Figure":
     return figure
 
 
-def _svg(figure: "Figure", label: str) -> str:
-    """Return the figure as an inline SVG whose colours are the page's variables and whose text is text."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    figure.set_facecolor("none")
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):  # the salt makes ids repeatable
-        figure.savefig(buffer, format="svg", dpi=150, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = buffer.getvalue().partition("<svg")[2]
-    svg = re.sub(r' (xmlns(:\w+)?|width|height|version)="[^"]*"', "", svg, count=5)
-    for name, color in COLORS.items():
-        svg = svg.replace(color, f"var(--{name})")
-    return f'<figure><svg role="img" aria-label="{html.escape(label)}"{svg}</figure>'
-
-
-def _table(rows: Iterable[Sequence[object]]) -> str:
-    cells = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows)
-    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
-
-
-def _section(title: str, body: str, note: str = "") -> str:
-    return f"<section><h2>{title}</h2>{f'<p>{note}</p>' if note else ''}{body}</section>"
-
-
 def _tiles(run: _Run) -> str:
     """Return the headline numbers; one that isn't known is left out."""
     keys = ("val_loss", "loss", "val_bits_per_byte", "gzip_bits_per_byte", "seconds")
@@ -318,10 +260,10 @@ def _tiles(run: _Run) -> str:
     minutes, left = divmod(round(seconds or 0), 60)
     time = f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {left:02} s"
     tiles = [
-        ("validation loss", "{:.3f}", loss, f"nats per token; perplexity {_short(math.exp(min(loss or 0, 99)))}"),
+        ("validation loss", "{:.3f}", loss, f"nats per token; perplexity {short(math.exp(min(loss or 0, 99)))}"),
         ("training loss", "{:.3f}", trained if loss is None else None, "nats per token, last step; no evaluation yet"),
         ("bits per byte", "{:.3f}", bits, "held out" + (f"; gzip -9 needs {gzip:.3f}" if gzip else "")),
-        ("tokens", "{}", _short(run.tokens), f"{run.rows[-1]['step']:,} steps"),
+        ("tokens", "{}", short(run.tokens), f"{run.rows[-1]['step']:,} steps"),
         ("training time", "{}", None if seconds is None else time, "evaluation not counted"),
         ("throughput", "{:,.0f}", run.median("tokens_per_second"), "tokens per second, median"),
         ("MFU", "{:.1%}", run.median("mfu"), "of the matrix rate measured here"),
@@ -337,18 +279,18 @@ def _load_section(run: _Run) -> str:
     shape = [len(layer) for layer in run.last("expert_load") or []]
     rows = [row for row in run.rows if shape and [len(layer) for layer in row.get("expert_load") or []] == shape]
     note = "Load over time, and the last. Clear: the fair share. Full blue: half or less. Full orange: double or more."
-    return _section("Experts", _svg(_load_figure(rows), "load of each expert in each layer"), note) if rows else ""
+    return section("Experts", svg_of(_load_figure(rows), "load of each expert in each layer"), note) if rows else ""
 
 
 def _samples(run: _Run) -> str:
     items = []
     for row in (row for row in run.rows if isinstance(row.get("sample"), str)):
         loss = f"<br>validation loss {row['val_loss']:.3f}" if math.isfinite(_number(row.get("val_loss"))) else ""
-        head = f"<b>step {int(row['step']):,}</b><br>{_short(row['tokens'])} tokens{loss}"
+        head = f"<b>step {int(row['step']):,}</b><br>{short(row['tokens'])} tokens{loss}"
         items.append(f"<article><div>{head}</div><pre>{html.escape(row['sample'])}</pre></article>")
     prompt = run.hparams.train.sample_prompt
     note = f"Continuing <code>{html.escape(prompt)}</code>." if prompt else "Written from nothing, at each evaluation."
-    return _section("Samples", "".join(items), note) if items else ""
+    return section("Samples", "".join(items), note) if items else ""
 
 
 def _data_table(run: _Run) -> str:
@@ -363,7 +305,7 @@ def _data_table(run: _Run) -> str:
     for share in run.last("mix") or []:
         got = form.format(*(_number(share.get(key)) for key in ("documents", "characters", "asked")))
         known.append((f"from {share.get('source')}", got))
-    return _section("Data", _table(known)) if known else ""
+    return section("Data", table_of(known)) if known else ""
 
 
 def _settings(run: _Run) -> str:
@@ -374,13 +316,5 @@ def _settings(run: _Run) -> str:
     for name, values in run.hparams.model_dump(mode="json").items():
         fields = type(getattr(run.hparams, name)).model_fields
         rows = [(k, json.dumps(v, ensure_ascii=False), fields[k].description or "") for k, v in values.items()]
-        body += f"<h3>{html.escape(name)}</h3>{_table(rows)}"
-    return _section("Go on", f"<pre>{html.escape(chr(10).join(lines))}</pre>") + _section("Settings", body)
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{name}: moelet run</title><style>{css}</style></head><body><main>
-<header><h1>{name}</h1><p>{shape}</p>{pill}</header>{body}</main></body></html>
-"""
+        body += f"<h3>{html.escape(name)}</h3>{table_of(rows)}"
+    return section("Go on", f"<pre>{html.escape(chr(10).join(lines))}</pre>") + section("Settings", body)

@@ -12,7 +12,8 @@ import pytest
 
 from moelet.errors import UserError
 from moelet.hparams import make_hparams
-from moelet.report import _short, read_metrics, smooth, write_loss_curve, write_report
+from moelet.page import short
+from moelet.report import read_metrics, smooth, write_loss_curve, write_report
 
 HOSTILE = "<img src=x onerror=alert(1)></pre><script>alert(2)</script> \ud800 & \u202e 'quoted'"
 VOID = {"meta", "br", "img", "link", "input", "hr", "path", "use", "image"}
@@ -131,7 +132,7 @@ def test_smooth_of_a_constant_is_the_constant_from_the_first_value() -> None:
     ("value", "text"), [(0, "0"), (999, "999"), (999_999, "1M"), (1_234_567, "1.23M"), (0.0005, "0.0005")]
 )
 def test_numbers_are_shortened_without_losing_their_size(value: float, text: str) -> None:
-    assert _short(value) == text
+    assert short(value) == text
 
 
 def test_metrics_leave_out_a_line_cut_short_and_name_a_damaged_one(tmp_path: Path) -> None:
