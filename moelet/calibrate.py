@@ -24,8 +24,13 @@ Step = Callable[[], int]  # makes one optimizer step, returns its tokens
 
 
 def stepper(hparams: Hparams, vocab_size: int) -> Step:
-    """Return what makes a whole step of an arm: all its micro-batches, clipping, the optimizer."""
+    """Return what makes a whole step of an arm: all its micro-batches, clipping, the optimizer.
+
+    Learning rates are 0: one that is too high would end the measurement, not only its run.
+    """
     training = build(hparams, AnyIds(vocab_size))
+    for group in training.optimizer.param_groups:
+        group["lr_scale"] = 0.0
     drawn = zipf_batches(Workload(hparams, vocab_size))
 
     def step() -> int:

@@ -44,8 +44,8 @@ def figure(findings: Findings) -> "Figure":
             style = {"marker": "osD^v<>"[k % 7], "markersize": 5, "linewidth": 1.8, "capsize": 3}
             name = side["name"] if len(side["name"]) <= 48 else f"{side['name'][:45]}..."
             axes.errorbar(x, mean, yerr=reach, color=SERIES[k % len(SERIES)], label=name, **style)
-        axes.set_xscale("log", base=2 if len(findings["horizons"]) > 1 else 10)
-        axes.xaxis.set_major_locator(LogLocator(base=2))
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(short)
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set(facecolor="none", axisbelow=True)
