@@ -15,7 +15,7 @@ import torch
 from moelet.breakdown import breakdown
 from moelet.console import Progress
 from moelet.contest import Contest, SideFailed, alone, run_contest
-from moelet.decoding import decoding_dtype
+from moelet.decoding import decodes, decoding_dtype
 from moelet.errors import UserError, pick
 from moelet.hparams import make_hparams, read_hparams
 from moelet.peers import (
@@ -32,6 +32,7 @@ from moelet.peers import (
 )
 from moelet.precision import choose_device, choose_dtype
 from moelet.roofline import decode_bound, higher, limits
+from moelet.sections import ModelSettings
 from moelet.step import build
 from moelet.tokenizer import Tokenizer
 
@@ -41,9 +42,10 @@ REFERENCE = {"model": {"vocab_size": 32_000}, "train": {"train_steps": 10_000, "
 ALLOCATORS = {"both": ("default", "kept"), "default": ("default",), "same": ("kept",)}
 
 
-def _decoding_format(device: torch.device) -> str:
+def _decoding_format(settings: ModelSettings, device: torch.device) -> str:
     """Return the name of the format in which `moelet generate` reads its weights."""
-    return "bf16" if device.type == "cpu" and decoding_dtype() == torch.bfloat16 else "fp32"
+    in_c = device.type == "cpu" and decodes(settings)
+    return "bf16" if in_c and decoding_dtype() == torch.bfloat16 else "fp32"
 
 
 def workload_of(path: Path | None, batch_size: int | None) -> Workload:
@@ -124,7 +126,9 @@ def bench(
         progress.say("the machine once more, as other work may have disturbed it, and the parts of our step")
         found = higher(before, alone(limits, *shape, dtype, device))
         parts = alone(own_breakdown, workload)
-        decode = run_contest(Contest("decode", _decoding_format(device), decoding, rounds), workload, progress)
+        decode = run_contest(
+            Contest("decode", _decoding_format(hparams.model, device), decoding, rounds), workload, progress
+        )
     except SideFailed as error:
         raise UserError(
             f"our own step doesn't run at this shape ({error}), and all is measured against it. Give a smaller "
@@ -134,9 +138,9 @@ def bench(
     return {
         "machine": machine(device),
         "shape": {
+            **hparams.model.model_dump(),
             "vocab_size": workload.vocab_size,
             "batch_size": hparams.batch_size,
-            **hparams.model.model_dump(),
         },
         "rounds": rounds,
         "peaks": found,

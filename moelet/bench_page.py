@@ -119,7 +119,8 @@ def decode_table(result: Result) -> list[str]:
 
 def page(result: Result) -> str:
     """Return everything as Markdown."""
-    rounds = f"Medians of {result['rounds']} rounds, each our step and then the other side's."
+    rounds = "One round:" if result["rounds"] == 1 else f"Medians of {result['rounds']} rounds, each"
+    rounds += " our step and then the other side's."
     sections = {
         "# moelet bench": [f"{title(result)}.", "", machine_line(result)],
         "## Training": [rounds, "", *training_table(result)],

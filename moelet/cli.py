@@ -7,8 +7,10 @@ interrupted, once training has begun with everything saved. Commands import what
 
 import errno
 import json
+import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -242,9 +244,9 @@ def bench(
     from moelet.console import Progress
 
     _check_writable(json_file)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
     workload = benchmark.workload_of(file, batch_size)
+    benchmark.choose(variants)
+    _make_folder(out)
     with Progress() as progress:
         result = benchmark.bench(workload, variants, peers_allocator, rounds, progress)
     print(bench_page.page(result))
@@ -365,8 +367,30 @@ def _end_quietly_with_the_reader() -> None:
 
 def _check_writable(path: Path | None) -> None:
     """Raise UserError, before any work, for a file that can't be written where it is wanted."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise UserError(f"{path} can't be written: it is a folder, or its folder isn't there. Give another path.")
+    if path is None:
+        return
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            writable = not path.exists() or (path.is_file() and os.access(path, os.W_OK))
+    except OSError:
+        writable = False
+    if not writable:
+        raise UserError(
+            f"{path} can't be written: it is a folder, or its folder is not there, or one of them can't be changed. "
+            "Give another path."
+        )
+
+
+def _make_folder(path: Path | None) -> None:
+    """Make the folder that results go to. Raises UserError, before any work, where nothing can be written there."""
+    if path is None:
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} can't be a folder for results ({error.strerror}). Give another with --out.") from None
 
 
 def _write_json(path: Path | None, result: Any) -> None:

@@ -87,7 +87,7 @@ def serve(pipe: Connection, job: Job) -> None:
 
 
 def _reason(error: Exception) -> str:
-    text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
 
 

@@ -15,6 +15,7 @@ from moelet.kernels.native import LANES, address, library, threads, usable
 from moelet.modelling import GPT, NORM_EPS, DecoderLayer, KVCache
 from moelet.moe import FeedForward, MoE
 from moelet.precision import cpu_has_bf16
+from moelet.sections import ModelSettings
 
 _COUNTS = ("layers", "width", "heads", "rank", "pieces", "experts", "chosen", "hidden", "context")
 _OF_LAYER = (
@@ -40,15 +41,19 @@ class _Network(ctypes.Structure):
     )
 
 
-def can_decode(model: GPT) -> bool:
-    """Return whether the kernel computes this model: on a CPU, of widths that its vectors divide, no added parts."""
-    s = model.settings
-    if s.shared_expert or s.embed_residual or s.value_residual or s.smear:
+def decodes(s: ModelSettings) -> bool:
+    """Return whether the kernel computes networks of this shape: widths that its vectors divide, no added parts."""
+    if s.router != "softmax" or s.shared_expert or s.embed_residual or s.value_residual or s.smear:
         return False
     turned = s.head_width // 2 if s.positions == "rope" else s.head_width
     widths = (s.d_model, s.head_width, turned, s.d_embed or s.d_model, s.expert_width)
-    plain = s.router == "softmax" and all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    return plain and all(width % LANES == 0 for width in widths) and usable(torch.float32, model.table)
+    return all(width % LANES == 0 for width in widths)
+
+
+def can_decode(model: GPT) -> bool:
+    """Return whether the kernel computes this model, which must be on a CPU."""
+    plain = all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    return plain and decodes(model.settings) and usable(torch.float32, model.table)
 
 
 def decoding_dtype() -> torch.dtype:

@@ -146,7 +146,7 @@ def _explain(problem: Any) -> str:
         hint = nearest(location[-1], known) or f" Known here: {', '.join(known)}."
         return f"{setting}: there is no such setting.{hint}"
     if problem["type"] == "value_error":
-        return f"{setting}: {problem['ctx']['error']}"
+        return f"{setting}: {problem['ctx']['error']}" if setting else str(problem["ctx"]["error"])
     if problem["type"] == "missing":
         example = ' Such as "train": {"train_steps": 300}.' if setting == "train" else ""
         return f"{setting}: it is missing. Add it.{example}"

@@ -73,10 +73,11 @@ class KVCache:
             yield self._store[layer]
 
     def note_last(self, x_BSD: Tensor) -> Tensor:
-        """Return the vector before those of `x_BSD`, (B, D), and keep the last of these; at the start, the first."""
-        before_BD = x_BSD[:, 0] if self.last_BD is None else self.last_BD
-        self.last_BD = x_BSD[:, -1]
-        return before_BD
+        """Return the vector before each of `x_BSD`, (B, S, D), and keep the last of all; before the first it is 0."""
+        before_B1D = F.pad(x_BSD[:, :0], (0, 0, 0, 1)) if self.last_BD is None else self.last_BD[:, None]
+        joined = torch.cat((before_B1D, x_BSD), 1)
+        self.last_BD = joined[:, -1]
+        return joined[:, :-1]
 
     def note_segments(self, segments_BS: Tensor | None, batch: int, n_new: int, device: torch.device) -> Tensor | None:
         """Return the segments of all positions, the new ones included: (B, L), or None when there never were any."""
@@ -138,8 +139,7 @@ class Smear(nn.Module):
         self.share = nn.Parameter(torch.empty(1))
 
     def forward(self, x_BSD: Tensor, positions_BS: Tensor, cache: KVCache | None) -> Tensor:
-        before_BD = x_BSD[:, 0] if cache is None else cache.note_last(x_BSD)
-        before_BSD = torch.cat((before_BD[:, None], x_BSD[:, :-1]), 1)
+        before_BSD = F.pad(x_BSD, (0, 0, 1, -1)) if cache is None else cache.note_last(x_BSD)
         gate_BS1 = self.gate(x_BSD[..., : self.width]).sigmoid() * (positions_BS > 0)[..., None]
         return x_BSD + self.share * gate_BS1 * before_BSD
 

@@ -1,8 +1,8 @@
 """Muon: the optimizer for matrices, expert stacks included.
 
 The momentum of each matrix is replaced by the nearest (semi-)orthogonal one, so that a step moves all directions
-alike. Sources: Jordan et al. 2024, "Muon: an optimizer for hidden layers"; for the polynomials of five steps Amsel et
-al. 2025, "The Polar Express".
+alike. Sources: Jordan et al. 2024, "Muon: an optimizer for hidden layers"; for the polynomials Amsel et al. 2025, "The
+Polar Express".
 
 Shapes: M matrices of one shape, I rows and O columns of each, I <= O.
 """
@@ -17,12 +17,12 @@ from torch.optim.adamw import adamw
 from moelet.precision import choose_dtype
 
 MOMENTUM = 0.95  # Jordan et al. 2024, with Nesterov's look ahead
-POLYNOMIALS = (  # x -> a x + b x^3 + c x^5 on singular values; Amsel et al. 2025, algorithm 1 with a margin of 2%
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+# x -> a x + b x^3 + c x^5 on singular values: the best three in a row for those from 0.01 to 1, which end within 0.27
+# of 1; computed by Amsel et al. 2025, algorithm 1. Five learned no more and cost 5/3 (docs/experiments.md, 10)
+POLYNOMIALS = (
+    (8.093368512548258, -23.620430328824273, 17.446151749836247),
+    (3.636585554259041, -2.7219267466089088, 0.5365462883273615),
+    (2.661299985777098, -1.9771545218846243, 0.45261640699640104),
 )
 MARGIN = 1.02  # of the norm, so that rounding can't bring a singular value above 1
 TINY = 1e-7  # a matrix without gradient stays 0

@@ -1,8 +1,8 @@
 """The network as a person writes it first: what `moelet bench` measures our own code against.
 
-The same architecture as `moelet.modelling`, with the same weights the same loss; every score of the attention square is
-computed and then masked, every expert is looped over with a boolean mask, all logits exist at once. It knows nothing of
-caches, padding or segments, and nothing but the benchmark imports it.
+The same architecture as `moelet.modelling`, but for LACKS, with the same weights the same loss; every score of the
+attention square is computed and then masked, every expert is looped over with a boolean mask, all logits exist at once.
+It knows nothing of caches, padding or segments, and nothing but the benchmark imports it.
 
 Shapes: B batch, S sequence, T = B*S tokens, D model, R embedding rank, H heads, C head width, V vocabulary, E experts,
 K chosen per token, L layers, n rows of one expert.
@@ -15,10 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moelet.errors import UserError
 from moelet.experts import GATED, hidden_activation
 from moelet.loss import BALANCE
 from moelet.modelling import GPT, NORM_EPS
 from moelet.sections import BalanceSettings, ModelSettings
+
+LACKS = ("selection_bias", "embed_residual", "value_residual", "smear")
 
 
 class NaiveAttention(nn.Module):
@@ -30,6 +33,16 @@ class NaiveAttention(nn.Module):
         self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
         self.head_width, self.dropout = settings.head_width, settings.dropout
+        normed = settings.qk_norm
+        self.q_norm = nn.RMSNorm(settings.head_width, eps=NORM_EPS) if normed else nn.Identity()
+        self.k_norm = nn.RMSNorm(settings.head_width, eps=NORM_EPS) if normed else nn.Identity()
+        self.rotary = settings.positions == "rope"
+        speed = settings.rope_theta ** (-torch.arange(0, settings.head_width, 2) / settings.head_width)
+        angles = torch.outer(torch.arange(length), speed).repeat(1, 2)
+        self.cos: Tensor
+        self.sin: Tensor
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
         self.allowed: Tensor
         self.register_buffer("allowed", torch.ones(length, length, dtype=torch.bool).tril(), persistent=False)
 
@@ -39,10 +52,19 @@ class NaiveAttention(nn.Module):
         weights_BHSS = scores_BHSS.masked_fill(~self.allowed[:length, :length], float("-inf")).softmax(-1)
         return F.dropout(weights_BHSS, self.dropout, self.training) @ v_BHSC
 
+    def turn(self, x_BHSC: Tensor) -> Tensor:
+        if not self.rotary:
+            return x_BHSC
+        first, second = x_BHSC.chunk(2, -1)
+        length = x_BHSC.shape[2]
+        return x_BHSC * self.cos[:length] + torch.cat((-second, first), -1) * self.sin[:length]
+
     def forward(self, x_BSD: Tensor) -> Tensor:
         parts = self.qkv_proj(x_BSD).chunk(3, -1)
-        heads = (part.unflatten(-1, (-1, self.head_width)).transpose(1, 2) for part in parts)
-        return self.o_proj(self.attend(*heads).transpose(1, 2).flatten(2))
+        q_BHSC, k_BHSC, v_BHSC = (part.unflatten(-1, (-1, self.head_width)).transpose(1, 2) for part in parts)
+        q_BHSC, k_BHSC = self.turn(self.q_norm(q_BHSC)), self.turn(self.k_norm(k_BHSC))
+        out_BHSC = self.attend(q_BHSC.to(v_BHSC.dtype), k_BHSC.to(v_BHSC.dtype), v_BHSC)
+        return self.o_proj(out_BHSC.transpose(1, 2).flatten(2))
 
 
 class SdpaAttention(NaiveAttention):
@@ -75,6 +97,7 @@ class NaiveMoE(nn.Module):
         super().__init__()
         self.gate = nn.Linear(settings.d_model, settings.n_experts, bias=False)
         self.experts = nn.ModuleList(NaiveExpert(settings, settings.expert_width) for _ in range(settings.n_experts))
+        self.shared_expert = NaiveExpert(settings, settings.shared_expert) if settings.shared_expert else None
         self.top_k, self.normalize = settings.top_k, settings.normalize_top_k
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +106,7 @@ class NaiveMoE(nn.Module):
         weights_TK, ids_TK = probability_TE.topk(self.top_k, -1)
         if self.normalize:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        y_TD = torch.zeros_like(x_TD)
+        y_TD = torch.zeros_like(x_TD) if self.shared_expert is None else self.shared_expert(x_TD)
         for index, expert in enumerate(self.experts):
             chosen_TK = ids_TK == index
             rows_n = chosen_TK.any(-1).nonzero()[:, 0]
@@ -133,9 +156,15 @@ class NaiveGPT(nn.Module):
     ) -> None:
         super().__init__()
         width, rank = settings.d_model, settings.d_embed or settings.d_model
+        for name in LACKS:
+            if getattr(settings, name):
+                raise UserError(
+                    f"model.{name} is set, and the plain network doesn't know it. Leave it out of --variants."
+                )
         self.settings, self.balance = settings, balance
         self.tokens = nn.Embedding(vocab_size, rank)
-        self.positions = nn.Embedding(settings.max_length, width)
+        learned = settings.positions == "learned"
+        self.positions = nn.Embedding(settings.max_length, width) if learned else None
         self.proj = nn.Linear(rank, width, bias=False) if settings.d_embed else None
         self.lm_head = None if settings.tie_embeddings else nn.Linear(rank, vocab_size, bias=False)
         self.layers = nn.ModuleList(NaiveLayer(settings, attention, norm) for _ in range(settings.n_layers))
@@ -147,8 +176,13 @@ class NaiveGPT(nn.Module):
 
     def forward(self, ids_BS: Tensor, labels_BS: Tensor) -> Tensor:
         x_BSR = self.tokens(ids_BS)
-        x_BSD = (x_BSR if self.proj is None else self.proj(x_BSR)) * self.settings.embed_scale
-        x_BSD = self.dropout(x_BSD + self.positions.weight[: ids_BS.shape[1]])
+        x_BSD = x_BSR if self.proj is None else self.proj(x_BSR)
+        if self.settings.embed_norm:
+            x_BSD = F.rms_norm(x_BSD, x_BSD.shape[-1:], eps=NORM_EPS)
+        x_BSD = x_BSD * self.settings.embed_scale
+        if self.positions is not None:
+            x_BSD = x_BSD + self.positions.weight[: ids_BS.shape[1]]
+        x_BSD = self.dropout(x_BSD)
         routing = []
         for layer in self.layers:
             x_BSD, of_layer = layer(x_BSD)

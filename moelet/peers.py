@@ -89,16 +89,20 @@ def flops(settings: ModelSettings, vocab_size: int) -> int:
 
 
 def dense(settings: ModelSettings, width: int) -> ModelSettings:
-    return changed(settings, n_experts=1, top_k=1, d_ff=width)
+    return changed(settings, n_experts=1, top_k=1, d_ff=width, shared_expert=0, selection_bias=False)
 
 
 def active_width(settings: ModelSettings) -> int:
-    return settings.top_k * settings.expert_width
+    return settings.top_k * settings.expert_width + settings.shared_expert
+
+
+def total_width(settings: ModelSettings) -> int:
+    return settings.d_ff + settings.shared_expert
 
 
 def full_width_gated(settings: ModelSettings) -> ModelSettings:
     """Return our settings for the matrices that a transformers model of the same shape has."""
-    return changed(settings, d_embed=None, activation="swiglu", tie_embeddings=True)
+    return changed(settings, d_embed=None, activation="swiglu", tie_embeddings=True, shared_expert=0)
 
 
 def ours(workload: Workload, precision: str, model: ModelSettings) -> Side:
@@ -149,6 +153,7 @@ def plain(
 
 
 def naive(workload: Workload, precision: str) -> Side:
+    """The same network written plainly. Raises UserError for settings that it doesn't know."""
     settings = workload.hparams.model
     model = NaiveGPT(settings, workload.hparams.balance, workload.vocab_size)
     return plain(workload, precision, model, model, settings)
@@ -157,7 +162,7 @@ def naive(workload: Workload, precision: str) -> Side:
 def nanogpt(workload: Workload, precision: str) -> Side:
     """A dense model as in nanoGPT: GELU, LayerNorm, torch's attention, one tied table of full width."""
     settings = dense(workload.hparams.model, active_width(workload.hparams.model))
-    settings = changed(settings, d_embed=None, activation="gelu", tie_embeddings=True)
+    settings = changed(settings, d_embed=None, activation="gelu", tie_embeddings=True, **NANOGPT_LACKS)
     balance = workload.hparams.balance
     model = NaiveGPT(settings, balance, workload.vocab_size, SdpaAttention, nn.LayerNorm)
     return plain(workload, precision, model, model, settings)
@@ -203,6 +208,11 @@ def hf(workload: Workload, precision: str, family: str, implementation: str) -> 
     return plain(workload, precision, model, loss, full_width_gated(workload.hparams.model))
 
 
+# what nanoGPT's architecture doesn't have
+NANOGPT_LACKS: dict[str, Any] = {
+    "positions": "learned",
+    **dict.fromkeys(("qk_norm", "embed_norm", "embed_residual", "value_residual", "smear"), False),
+}
 HF_FAMILIES = ("mixtral", "qwen3moe")
 # a few minutes on 2 cores: each peer's steps take longer than ours
 QUICK = ("dense-active", "nanogpt-style", "hf-mixtral-eager")
@@ -222,7 +232,7 @@ Maker = Callable[[Workload, str], Side]
 OWN: dict[str, Maker] = {
     "moelet": lambda w, precision: ours(w, precision, w.hparams.model),
     "dense-active": lambda w, precision: ours(w, precision, dense(w.hparams.model, active_width(w.hparams.model))),
-    "dense-total": lambda w, precision: ours(w, precision, dense(w.hparams.model, w.hparams.model.d_ff)),
+    "dense-total": lambda w, precision: ours(w, precision, dense(w.hparams.model, total_width(w.hparams.model))),
 }
 PLAIN: dict[str, Maker] = {"naive-fp32": naive, "naive-bf16": naive, "nanogpt-style": nanogpt}
 
@@ -253,13 +263,15 @@ def choose(names: str | None) -> tuple[list[str], list[str]]:
     """
     known = [name for name in (*OWN, *PLAIN, *hf_variants(*HF_FAMILIES)) if name != "moelet"]  # it is in all of them
     missing = (
-        ["hf-*: transformers isn't installed (pip install moelet[bench])"] if find_spec("transformers") is None else []
+        ["hf-*: transformers isn't installed (pip install transformers)"] if find_spec("transformers") is None else []
     )
     if names == "all":
         return known, missing
     if names is None:
         return [name for name in known if name in QUICK], missing
-    wanted = [name.strip() for name in names.split(",")]
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        raise UserError(f"--variants is {names!r}, which names nobody. Known: moelet, {', '.join(known)}.")
     for name in wanted:
         if name.startswith("hf-") and missing:
             raise UserError(
@@ -267,7 +279,10 @@ def choose(names: str | None) -> tuple[list[str], list[str]]:
                 "it out."
             )
         if name not in known and name != "moelet":
-            raise UserError(f"--variants names '{name}'. Known: moelet, {', '.join(known)}.{nearest(name, known)}")
+            more = f" Left out: {missing[0]}." if missing else ""
+            raise UserError(
+                f"--variants names '{name}'. Known: moelet, {', '.join(known)}.{nearest(name, known)}{more}"
+            )
     return [name for name in dict.fromkeys(wanted) if name != "moelet"], []
 
 

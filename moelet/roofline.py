@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moelet.experts import GATED
 from moelet.metrics import matrix_rate
-from moelet.precision import DTYPES
+from moelet.precision import DTYPES, choose_dtype
 from moelet.sections import ModelSettings
 
 PRODUCT_SECONDS, MIN_REPEATS = 0.1, 3
@@ -61,6 +61,9 @@ def step_products(settings: ModelSettings, vocab_size: int, batch_size: int) -> 
         Product("experts down", groups, 1, rows, width, s.expert_width),
         *(Product("head", tokens / m, 1, m, vocab_size, rank) for m in sorted({min(r, tokens) for r in HEAD_ROWS})),
     ]
+    if s.shared_expert:
+        found.append(Product("shared expert up", layers * ups, 1, tokens, s.shared_expert, width))
+        found.append(Product("shared expert down", layers, 1, tokens, width, s.shared_expert))
     if s.n_experts > 1:
         found.append(Product("router", layers, 1, tokens, s.n_experts, width, wide=True))
     if s.d_embed:
@@ -134,7 +137,7 @@ def active_weights(settings: ModelSettings, vocab_size: int) -> int:
     """Return how many weights one new token reads: of the experts those it uses, of the input table next to none."""
     s, width, rank = settings, settings.d_model, settings.d_embed or settings.d_model
     used = s.top_k if s.n_experts > 1 else 1
-    experts = (3 if s.activation in GATED else 2) * width * used * s.expert_width
+    experts = (3 if s.activation in GATED else 2) * width * (used * s.expert_width + s.shared_expert)
     router = width * s.n_experts if s.n_experts > 1 else 0
     return s.n_layers * (4 * width**2 + experts + router) + (width * rank if s.d_embed else 0) + rank * vocab_size
 
@@ -142,12 +145,14 @@ def active_weights(settings: ModelSettings, vocab_size: int) -> int:
 def limits(
     settings: ModelSettings, vocab_size: int, batch_size: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
-    """Return all that is measured of the machine itself: matrix rates, memory rates, the step's bound."""
+    """Return all that is measured of the machine itself: matrix rates, memory rates, the step's bound.
+
+    The matrix rates are those of our format and of those that peers may take: float32, and the machine's best.
+    """
+    formats = (torch.float32, choose_dtype("auto", device), dtype)
     return {
         "precision": next(name for name, d in DTYPES.items() if d == dtype),
-        "matrix_gflops": {
-            name: matrix_rate(device, d) / 1e9 for name, d in DTYPES.items() if d in (torch.float32, dtype)
-        },
+        "matrix_gflops": {name: matrix_rate(device, d) / 1e9 for name, d in DTYPES.items() if d in formats},
         "memory_gb_per_second": memory_rates(device),
         "step": step_bound(settings, vocab_size, batch_size, dtype, device),
     }

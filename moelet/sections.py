@@ -12,12 +12,22 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 LENGTHS = ("train_steps", "train_tokens", "time_budget")  # three ways to say how long a run is
+LATER = {  # settings that the first runs' fingerprints don't know
+    *("embed_norm", "positions", "rope_theta", "qk_norm", "shared_expert", "selection_bias", "zero_init"),
+    *("embed_residual", "value_residual", "smear", "router_lr", "muon_lr", "z_loss", "bias_rate"),
+}
 
 
 class Section(BaseModel):
     """What all sections share: unknown keys are errors, nothing is coerced, nothing changes later."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @property
+    def unsaid(self) -> set[str]:
+        """The LATER settings at their defaults: no fingerprint has them, so that runs from before them go on."""
+        fields = type(self).model_fields
+        return {name for name in LATER & set(fields) if getattr(self, name) == fields[name].default}
 
 
 class ModelSettings(Section):
@@ -93,7 +103,7 @@ class ModelSettings(Section):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all that changes what the weights compute, in hexadecimal."""
-        settings = self.model_dump(mode="json", exclude={"attention", "experts", "dropout"})
+        settings = self.model_dump(mode="json", exclude={"attention", "experts", "dropout", *self.unsaid})
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 

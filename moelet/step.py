@@ -220,9 +220,7 @@ def _update(training: Training, grad_norm: float) -> bool:
     """Apply the gradients; return whether fp16 overflow made this step void."""
     scaler, optimizer = training.scaler, training.optimizer
     finite = math.isfinite(grad_norm)
-    if finite and scaler is not None:
-        scaler.step(optimizer)
-    elif finite:
+    if finite:  # not by scaler.step: for an optimizer other than torch's fused ones it would wait for the device again
         optimizer.step()
     if scaler is not None:
         scaler.update()

@@ -105,9 +105,9 @@ def identity(hparams: Hparams, tokenizer: Tokenizer) -> dict[str, str]:
     """
     places: Any = {"files": True, "mix": {"__all__": {"files"}}}
     cut = {"global_batch_size"} if hparams.train.global_batch_size is None else {"batch_size", "gradient_accumulation"}
-    settings = hparams.model_dump(
-        mode="json", exclude={"train": FREE_SETTINGS.union(LENGTHS, cut), "data": places, "tokenizer": {"file"}}
-    )
+    left_out: Any = {"train": FREE_SETTINGS.union(LENGTHS, cut), "data": places, "tokenizer": {"file"}}
+    left_out |= {name: getattr(hparams, name).unsaid for name in ("model", "optim", "balance")}
+    settings = hparams.model_dump(mode="json", exclude=left_out)
     source = pick(SOURCES, hparams.data.source, "data.source").fingerprint(hparams.data)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     length = hparams.total_steps

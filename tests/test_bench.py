@@ -71,6 +71,7 @@ def our_loss(model: GPT, ids: Tensor, labels: Tensor) -> Tensor:
         {"n_experts": 1, "top_k": 1},
         {"activation": "swiglu", "normalize_top_k": True, "embed_scale": 3.0},
         {"d_embed": None, "tie_embeddings": False},
+        {"positions": "rope", "qk_norm": True, "embed_norm": True, "shared_expert": 16, "activation": "swiglu"},
     ],
 )
 def test_the_naive_network_computes_what_ours_does(changes: dict[str, Any], attention: Any) -> None:
@@ -125,8 +126,10 @@ def test_flops_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"n_experts": 1, "top_k": 1}, {"activation": "swiglu"}, {"d_embed": None}, {"max_length": 27}]
-)
+    "changes",
+    [{}, {"n_experts": 1, "top_k": 1}, {"activation": "swiglu"}, {"d_embed": None}, {"max_length": 27},
+     {"shared_expert": 48, "activation": "swiglu"}],
+)  # fmt: skip
 def test_the_products_are_all_of_the_flops(changes: dict[str, Any]) -> None:
     given = workload(**changes)
     settings = given.hparams.model
@@ -223,6 +226,17 @@ def test_variants_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         peers.choose("hf-mixtral-eager")
 
 
+def test_twins_of_a_modern_model_leave_out_what_routes() -> None:
+    settings = peers.changed(workload(shared_expert=24).hparams.model, selection_bias=True)
+    active, total = (peers.dense(settings, width(settings)) for width in (peers.active_width, peers.total_width))
+    assert (active.d_ff, total.d_ff) == (2 * 16 + 24, 4 * 16 + 24)
+    assert (active.n_experts, active.shared_expert, active.selection_bias) == (1, 0, False)
+    given = workload(smear=True)
+    with pytest.raises(UserError, match=r"model.smear is set, and the plain network doesn't know it"):
+        peers.naive(given, "fp32")
+    assert peers.nanogpt(given, "fp32").work() == given.tokens_per_step
+
+
 def test_hf_models_have_our_shape() -> None:
     pytest.importorskip("transformers")
     given = workload(vocab_size=VOCABULARY)
@@ -302,6 +316,11 @@ def test_the_parts_sum_to_the_step() -> None:
     assert parts["other"] < 0.6 * found["profiled_ms"]
 
 
+def slowed(output: Any) -> Any:
+    """Return a module's output, that of attention with its values, by way of `_Opaque`."""
+    return (_Opaque.apply(output[0]), *output[1:]) if isinstance(output, tuple) else _Opaque.apply(output)
+
+
 @pytest.mark.parametrize(("module", "part"), [("self_attn", "attention"), ("mlp.experts", "experts")])
 def test_time_without_operations_goes_where_it_belongs(module: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward 30 ms and backward 50 ms more, in each of 2 layers, must all be found in that part alone."""
@@ -312,7 +331,7 @@ def test_time_without_operations_goes_where_it_belongs(module: str, part: str, m
     for owner in (breakdown.Attention, breakdown.Experts):
         if module.endswith({"Attention": "self_attn", "Experts": "experts"}[owner.__name__]):
             forward = owner.forward
-            monkeypatch.setattr(owner, "forward", lambda self, *a, _f=forward: _Opaque.apply(_f(self, *a)))
+            monkeypatch.setattr(owner, "forward", lambda self, *a, _f=forward: slowed(_f(self, *a)))
     after = parts_of(workload())["parts_ms"]
     assert after[part] - before[part] == pytest.approx(160, abs=60)
     for other in set(breakdown.PARTS) - {part, "other", "data"}:
@@ -343,13 +362,16 @@ def test_the_command_end_to_end(
 ) -> None:
     monkeypatch.setattr(bench, "alone", lambda function, *arguments: function(*arguments))  # _quick holds here alone
     settings = tmp_path / "tiny.json"
-    settings.write_text(json.dumps({"model": TINY["model"] | {"vocab_size": VOCABULARY}, "train": TINY["train"]}))
+    settings.write_text(
+        json.dumps({"model": TINY["model"], "tokenizer": {"vocab_size": VOCABULARY}, "train": TINY["train"]})
+    )
     out, found = tmp_path / "out", tmp_path / "found.json"
     command = ["bench", str(settings), "--variants", "naive-fp32", "--rounds", "1", "--batch-size", "2"]
     assert main([*command, "--peers-allocator", "same", "--out", str(out), "--json", str(found)]) == 0
     result = json.loads(found.read_text())
     assert [row["variant"] for row in result["rows"]] == ["moelet", "naive-fp32"]
-    assert result["shape"]["batch_size"] == 2 and {"machine", "peaks", "rows"} <= set(result)
+    assert (result["shape"]["batch_size"], result["shape"]["vocab_size"]) == (2, VOCABULARY)
+    assert {"machine", "peaks", "rows"} <= set(result)
     ours, naive = result["rows"]
     assert naive["speedup"] == pytest.approx(naive["seconds"][0] / ours["seconds"][0])
     assert math.isfinite(result["decode"]["rows"][0]["tokens_per_second"])
@@ -370,6 +392,41 @@ def test_mistakes_cost_no_time(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Did you mean 'dense-active'?" in capsys.readouterr().err
     assert main(["bench", "--peers-allocator", "jemalloc"]) == UserError.exit_code
     assert "both, default, same" in capsys.readouterr().err
+    assert main(["bench", "--variants", " ,"]) == UserError.exit_code
+    assert "names nobody" in capsys.readouterr().err
+    assert main(["bench", "--variants", "dense-active", "--out", __file__]) == UserError.exit_code
+    assert "can't be a folder for results" in capsys.readouterr().err
+    assert main(["bench", "--variants", "dense-active", "--json", "/proc/found.json"]) == UserError.exit_code
+    assert "can't be written" in capsys.readouterr().err
+
+
+def test_reasons_are_told_whole() -> None:
+    with pytest.raises(ValueError) as caught:
+        ModelSettings(n_experts=1, top_k=1, shared_expert=8)
+    assert "n_experts is 1 and shared_expert is set" in contest._reason(caught.value)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_rate_is_measured_for_every_format_that_a_peer_takes(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "matrix_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr(roofline, "memory_rates", lambda device: {})
+    monkeypatch.setattr(roofline, "step_bound", lambda *arguments: {})
+    given = workload()
+    dtype, device = peers.DTYPES[precision], torch.device("cpu")
+    found = roofline.limits(given.hparams.model, VOCABULARY, 4, dtype, device)["matrix_gflops"]
+    train = given.hparams.train.model_copy(update={"precision": precision})
+    given = given._replace(hparams=given.hparams.model_copy(update={"train": train}))
+    for variant in (*peers.OWN, *peers.PLAIN, "hf-mixtral-eager"):
+        try:
+            wanted = peers.precisions(variant, given)
+        except UserError:  # a format that this machine has not
+            continue
+        assert {name.removesuffix(peers.WEIGHTS) for name in wanted} <= set(found)
+
+
+def test_decoding_is_told_with_its_format() -> None:
+    assert bench._decoding_format(workload(shared_expert=16).hparams.model, torch.device("cpu")) == "fp32"
+    assert bench._decoding_format(workload().hparams.model, torch.device("cuda")) == "fp32"
 
 
 def test_the_default_is_the_reference_shape() -> None:

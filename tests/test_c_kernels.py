@@ -3,6 +3,7 @@
 Experts and attention are tested with the other ways to compute them.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,11 +17,14 @@ from moelet.dropout import dropout
 from moelet.experts import routed_ffn
 from moelet.kernels import native
 from moelet.kernels.cross_entropy import can_sum
+from moelet.kernels.native import LANES
 from moelet.kernels.norm import can_add_norm
+from moelet.kernels.rotary import can_rotate
 from moelet.kernels.router import can_route
 from moelet.loss import IGNORE, linear_cross_entropy
-from moelet.moe import Router
+from moelet.moe import Router, RouterStats
 from moelet.norm import add_norm
+from moelet.rotary import prepare_heads, turns
 from moelet.sections import ModelSettings
 
 pytestmark = needs_kernels
@@ -115,6 +119,48 @@ def test_dropout_in_the_norm(probability: float) -> None:
     assert not torch.equal(add_norm(None, branch, weight, EPS, probability)[0], total)
 
 
+# --- norm and turn of heads ---
+
+
+def prepared(dtype: torch.dtype, normed: bool, heads: int = 3, width: int = 2 * LANES) -> Callable[[bool], Results]:
+    """Return what gives, turned or not, the heads and the gradients of x and weight; positions restart in a row."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    positions = torch.tensor([[*range(50), *range(15), *range(10)], [*range(70), *[0] * 5]])  # 150: past two blocks
+    weight = (1 + 0.1 * normal(width, seed=3)).to(wide).requires_grad_() if normed else None
+    x = normal(2, 75, heads, width, seed=1).to(dtype).requires_grad_()
+    upstream = normal(2, heads, 75, width, seed=4).to(dtype).transpose(1, 2)  # as attention gives it, heads first
+
+    def compute(turned: bool) -> Results:
+        assert can_rotate(x, weight, turned) == (dtype != torch.float64)
+        y = prepare_heads(x, weight, EPS, turns(75, width, 100.0) if turned else None, positions)
+        assert y.dtype == dtype
+        return [y, *torch.autograd.grad(y, [x] if weight is None else [x, weight], upstream)]
+
+    return compute
+
+
+@pytest.mark.parametrize(("heads", "width"), [(3, 2 * LANES), (1, 6 * LANES), (8, 4 * LANES)])
+@pytest.mark.parametrize(("normed", "turned"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_prepared_heads_equal_torchs(dtype: torch.dtype, normed: bool, turned: bool, heads: int, width: int) -> None:
+    want = prepared(torch.float64, normed, heads, width)(turned)
+    assert len(want) == 2 + normed
+    compute = prepared(dtype, normed, heads, width)
+    assert_close(compute(turned), want, TOLERANCE[dtype])
+    on_threads(lambda: compute(turned))
+
+
+def test_heads_that_vectors_do_not_divide_are_left_to_torch() -> None:
+    """A turn needs two vectors a head, a norm alone one."""
+    for width, taken in ((LANES, (True, False)), (2 * LANES, (True, True)), (LANES + 8, (False, False))):
+        x, weight = torch.ones(1, 2, 3, width), torch.ones(width)
+        assert (can_rotate(x, weight, False), can_rotate(x, weight, True)) == taken
+        angles, positions = turns(2, width, 100.0), torch.tensor([[0, 1]])
+        assert prepare_heads(x, weight, EPS, angles, positions).shape == x.shape
+    assert not can_rotate(torch.ones(1, 2, 3, 32), torch.ones(32, dtype=torch.bfloat16), True)
+    assert not can_rotate(torch.ones(1, 2, 3, 32, dtype=torch.float16), None, True)
+
+
 # --- router ---
 
 
@@ -128,15 +174,27 @@ def routed(dtype: torch.dtype, settings: ModelSettings, padded: bool, tokens: in
     x = normal(tokens, settings.d_model, seed=7).to(dtype).requires_grad_()
     real = (torch.arange(tokens) % 5 != 0) if padded else None
     assert can_route(x, router.weight) == (dtype != torch.float64)
+    if router.bias is not None:
+        router.bias.copy_(normal(*router.bias.shape, seed=13) / 2)
     ids, weights, stats = router(x, real)
     upstream = (normal(*weights.shape, seed=8).to(wide), normal(*stats.probability.shape, seed=9).to(wide))
-    gradients = torch.autograd.grad((weights, stats.probability), (x, router.weight), upstream)
+    upstream = (*upstream, torch.tensor(0.01, dtype=wide))
+    gradients = torch.autograd.grad((weights, stats.probability, stats.squares), (x, router.weight), upstream)
     return [ids, weights, *stats, *gradients]
 
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(
-    "change", [{}, {"normalize_top_k": True}, {"top_k": 1}, {"top_k": 6, "normalize_top_k": True}], ids=str
+    "change",
+    [
+        {},
+        {"normalize_top_k": True},
+        {"top_k": 1},
+        {"top_k": 6, "normalize_top_k": True},
+        {"selection_bias": True},
+        {"selection_bias": True, "normalize_top_k": True, "top_k": 3},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_routes_equal_torchs(dtype: torch.dtype, change: dict[str, object], padded: bool) -> None:
@@ -149,8 +207,50 @@ def test_routes_equal_torchs(dtype: torch.dtype, change: dict[str, object], padd
 
 def test_a_router_may_have_no_tokens() -> None:
     settings = ModelSettings(d_model=64, n_heads=2, n_experts=6, d_ff=192)
-    ids, weights, *stats = routed(torch.float32, settings, False, 0)[:5]
+    ids, weights, *stats = routed(torch.float32, settings, False, 0)[: 2 + len(RouterStats._fields)]
     assert ids.shape == weights.shape == (0, 2) and not any(value.any() for value in stats)
+
+
+def linear_scores(x: Tensor, router: Router) -> Tensor:
+    return x.double() @ router.weight.double().T
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_router_statistics_are_those_of_the_plain_formula(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over real tokens alone: the largest score and the largest log-sum stand on padding."""
+    if not kernels:
+        monkeypatch.setattr(native, "_load", lambda dtype: "a test says so")
+    router = Router(ModelSettings(d_model=64, n_heads=2, n_experts=6, d_ff=192, top_k=2, selection_bias=True))
+    with torch.no_grad():
+        router.weight.copy_(normal(6, 64, seed=6) / 4)
+    assert router.bias is not None
+    router.bias[4] = 1.5
+    x, real = normal(150, 64, seed=7).float(), torch.arange(150) % 5 != 0
+    x[~real] *= 10
+    ids, weights, stats = router(x, real)
+    scores = linear_scores(x, router)
+    probability, log_total = scores.softmax(-1), scores.logsumexp(-1)
+    entropy = -(probability * probability.log()).sum(-1)
+    chosen = F.one_hot(ids[real], 6).sum((0, 1))
+    want = [probability[real].sum(0), chosen, torch.tensor(120), log_total[real].square().sum(), entropy[real].sum()]
+    assert_close(list(stats), [*want, scores[real].abs().max()], 1e-5)
+    assert scores.abs().max() > 2 * stats.largest
+    assert torch.equal(ids, (scores + router.bias).topk(2).indices), "the bias counts in the choice"
+    assert not torch.equal(ids, scores.topk(2).indices)
+    assert_close([weights], [probability.gather(1, ids)], 1e-5)  # and in nothing else
+
+
+# --- experts ---
+
+
+def test_a_gradient_in_any_layout_is_read_where_it_lies() -> None:
+    """A transposed one is copied; the copy must outlive the call."""
+    x, matrices = normal(70, 64).float().requires_grad_(), [normal(4, 64, 64, seed=s).float() / 8 for s in (1, 2)]
+    ids, weights = torch.arange(70)[:, None] % 4, torch.ones(70, 1)
+    y = routed_ffn(x, ids, weights, matrices[0], None, matrices[1], "silu", "fused")
+    upstream = normal(64, 70, seed=3).to(y.dtype)
+    got, want = (torch.autograd.grad(y, x, g, retain_graph=True) for g in (upstream.T, upstream.T.contiguous()))
+    assert torch.equal(got[0], want[0])
 
 
 # --- cross-entropy ---
@@ -224,6 +324,27 @@ def test_kernels_are_built_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) ->
     native._load.cache_clear()
     assert native.why_not(torch.float32) is None and built.stat().st_mtime_ns == before
     assert native.why_not(torch.float64) == "there are none for torch.float64"
+
+
+def test_a_library_that_is_none_is_built_again(fresh: Path) -> None:
+    built = native.build(torch.float32)
+    whole = built.read_bytes()
+    built.unlink()  # not written over: it may be loaded
+    built.write_bytes(b"no library")
+    assert native.why_not(torch.float32) is None and built.stat().st_size == len(whole)
+
+
+def test_a_home_that_cant_be_written_has_a_place_among_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same in each process; but never what somebody else may have put there."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    own = native._cache()
+    assert own == native._cache() and own.parent == tmp_path and own.stat().st_mode & 0o777 == 0o700
+    own.chmod(0o777)
+    assert native._cache() != own
 
 
 def test_no_compiler_is_no_end(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 from conftest import CPU_BACKENDS, TinySettings
+from test_modern import EVERYTHING
 
 from moelet.data import Batch, collate
 from moelet.hparams import make_hparams
@@ -50,3 +51,11 @@ def test_the_step_is_the_same_to_the_last_bit(
     assert all(torch.equal(one, other) for one, other in zip(again_weights, kept_weights, strict=True))
     # a step's micro-batches go forward once to collect the balance and once to learn; only the latter is repeated
     assert kept_runs == [2 * 2 * 2] * 2 and again_runs == [2 * 2 * 3] * 2
+
+
+def test_the_modern_settings_come_again_too(tiny_settings: TinySettings, tokenizer: Tokenizer) -> None:
+    settings = tiny_settings(model={**EVERYTHING, "n_heads": 1}, optim={"optimizer": "muon"})
+    settings |= {"balance": {"bias_rate": 0.01, "z_loss": 0.01}}
+    (kept, kept_weights, _), (again, again_weights, runs) = (two_steps(settings, tokenizer, on) for on in (False, True))
+    assert again == kept and runs == [2 * 2 * 3] * 2
+    assert all(torch.equal(one, other) for one, other in zip(again_weights, kept_weights, strict=True))

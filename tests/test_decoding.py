@@ -8,6 +8,7 @@ from moelet import generate
 from moelet.decoding import Decoder, can_decode
 from moelet.generate import Sampling, continuations
 from moelet.modelling import GPT, KVCache
+from moelet.moe import Router
 from moelet.sections import ModelSettings
 
 pytestmark = needs_kernels
@@ -22,6 +23,19 @@ CHANGES = [
     {"n_experts": 1, "top_k": 1, "activation": "swiglu"},
     {"d_embed": None},
     {"tie_embeddings": False},
+    {"positions": "rope", "n_heads": 2},
+    {"qk_norm": True},
+    {"positions": "rope", "qk_norm": True, "n_heads": 1, "activation": "swiglu", "normalize_top_k": True},
+    {"embed_norm": True, "embed_scale": 3.0, "d_embed": None},
+    {"selection_bias": True, "zero_init": True},
+]
+NOT_TAKEN = [
+    {"d_embed": 8},
+    {"positions": "rope", "n_heads": 4},
+    {"shared_expert": 32},
+    {"embed_residual": True},
+    {"value_residual": True},
+    {"smear": True},
 ]
 
 
@@ -34,6 +48,9 @@ def lively(**changes: object) -> GPT:
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
             else:
                 parameter.uniform_(0.5, 1.5)
+        for router in (module for module in model.modules() if isinstance(module, Router)):
+            if router.bias is not None:
+                router.bias.normal_()
     return model
 
 
@@ -73,4 +90,4 @@ def test_generation_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_models_are_left_to_the_model() -> None:
     assert not can_decode(lively().double())
-    assert not can_decode(lively(d_embed=8))
+    assert not any(can_decode(lively(**changes)) for changes in NOT_TAKEN)

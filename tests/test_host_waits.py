@@ -24,6 +24,8 @@ from moelet.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 WAITS = (DataDependentOutputException, DynamicOutputShapeException)
+MODERN = {"positions": "rope", "qk_norm": True, "shared_expert": 16, "selection_bias": True, "smear": True}
+MODERN |= {"embed_norm": True, "embed_residual": True, "value_residual": True}
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -44,6 +46,7 @@ def what_fake_tensors_lack(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under a fake mode even the host's own tensors can't be read, and a module can't be moved, not even to the CPU."""
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: module)
     monkeypatch.setattr(step, "_targets", lambda micro_batches: np.full(72 * len(micro_batches), 5))
+    monkeypatch.setattr(step, "_routed_tokens", lambda micro_batches: 72 * len(micro_batches))
 
 
 @pytest.fixture
@@ -56,8 +59,10 @@ def fake() -> Iterator[HostValues]:
 def make_training(tokenizer: Tokenizer, precision: str, **changes: object) -> Training:
     shape = {"max_length": 24, "d_model": 32, "d_embed": 16, "n_layers": 2, "n_heads": 4, "d_ff": 64, "dropout": 0.0}
     model = shape | {"attention": "sdpa", "experts": "batched"} | changes
-    train = {"train_steps": 9, "device": "cpu", "precision": "fp32"}
-    training = build(make_hparams({"model": model, "train": train}), tokenizer)
+    settings: dict[str, Any] = {"model": model, "train": {"train_steps": 9, "device": "cpu", "precision": "fp32"}}
+    if "selection_bias" in changes:
+        settings |= {"optim": {"optimizer": "muon"}, "balance": {"bias_rate": 0.1, "z_loss": 0.1}}
+    training = build(make_hparams(settings), tokenizer)
     training.dtype = FORMATS[precision]
     training.scaler = torch.amp.GradScaler("cpu") if precision == "fp16" else None
     return training
@@ -72,7 +77,13 @@ def batches(number: int, segments: bool) -> list[Batch]:
 @pytest.mark.parametrize("precision", FORMATS)
 @pytest.mark.parametrize(
     ("changes", "micro_steps", "segments"),
-    [({}, 1, False), ({}, 2, True), ({"activation": "swiglu"}, 1, True), ({"n_experts": 1, "top_k": 1}, 2, False)],
+    [
+        ({}, 1, False),
+        ({}, 2, True),
+        ({"activation": "swiglu"}, 1, True),
+        ({"n_experts": 1, "top_k": 1}, 2, False),
+        (MODERN, 2, True),
+    ],
 )
 def test_a_step_waits_once(
     monkeypatch: pytest.MonkeyPatch,
@@ -86,7 +97,7 @@ def test_a_step_waits_once(
 
     def to_host(*tensors: Tensor) -> list[Any]:
         transfers.append(len(tensors))
-        return [1.0 if tensor.ndim == 0 else [] for tensor in tensors]
+        return [1.0 if tensor.ndim == 0 else [[]] * len(tensor) for tensor in tensors]
 
     monkeypatch.setattr(step, "_to_host", to_host)
     micro_batches = batches(micro_steps, segments)

@@ -85,6 +85,12 @@ def test_every_settings_file_in_the_repository_reads(path: Path) -> None:
     assert (hparams.total_steps or hparams.train.time_budget or 0) >= 1
 
 
+def test_root_hparams_names_every_setting_in_order() -> None:
+    found = json.loads((ROOT / "hparams.json").read_text(encoding="utf-8"))
+    for section, names in found.items():
+        assert list(names) == list(Hparams.model_fields[section].annotation.model_fields), section  # type: ignore
+
+
 def test_there_are_fewer_than_90_settings() -> None:
     assert 40 < len(fields()) < 90
 
@@ -99,6 +105,27 @@ def test_settings_are_frozen() -> None:
 # what is given; what the message must hold: the setting, its value, what is needed, what to do
 MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown key": (merged(model={"n_expert": 4}), ["model.n_expert", "no such setting", "Did you mean 'n_experts'"]),
+    "bias without rate": (
+        merged(model={"selection_bias": True}),
+        ["model.selection_bias is true", "balance.bias_rate is null", "Set both"],
+    ),
+    "rate without bias": (
+        merged(balance={"bias_rate": 0.1}),
+        ["model.selection_bias is false", "balance.bias_rate is 0.1", "Set both"],
+    ),
+    "odd heads cannot turn": (
+        merged(model={"positions": "rope", "d_model": 30, "n_heads": 6}),
+        ["positions is rope", "a head is 5 wide", "d_model / n_heads is even"],
+    ),
+    "unknown positions": (merged(model={"positions": "alibi"}), ["model.positions", '"alibi"', "'learned' or 'rope'"]),
+    "dense with a shared expert": (
+        merged(model={"n_experts": 1, "top_k": 1, "shared_expert": 8}),
+        ["n_experts is 1 and shared_expert is set", "Set model.shared_expert to 0"],
+    ),
+    "dense with a bias": (
+        merged(model={"n_experts": 1, "top_k": 1, "selection_bias": True}, balance={"bias_rate": 0.1}),
+        ["n_experts is 1 and selection_bias is set", "Set model.selection_bias to false"],
+    ),
     "far key": (merged(balance={"qqqq": 4}), ["balance.qqqq", "no such setting", "Known here: loss, alpha"]),
     "misspelt section": (merged(modle={}), ["modle", "no such setting", "Did you mean 'model'"]),
     "section is a number": (merged(model=5), ["model is 5", "must be", "object"]),

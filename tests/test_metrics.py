@@ -15,8 +15,8 @@ from rich.console import Console
 
 from moelet import console, metrics
 from moelet.console import Progress, duration, progress_line, table
-from moelet.metrics import append_metrics, cut_metrics, expert_load, matrix_rate, peak_memory_mb
-from moelet.moe import RouterStats
+from moelet.metrics import append_metrics, cut_metrics, expert_load, matrix_rate, peak_memory_mb, router_health
+from moelet.moe import RouterStats, add_stats
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -85,16 +85,34 @@ def test_a_death_while_cutting_leaves_the_old_file(tmp_path: Path, monkeypatch: 
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def stats(assignments: list[float], tokens: float, entropy: float = 0.0, largest: float = 0.0) -> RouterStats:
+    numbers = (torch.tensor(number) for number in (tokens, 0.0, entropy, largest))
+    return RouterStats(torch.ones(len(assignments)), torch.tensor(assignments), *numbers)
+
+
 def test_expert_load_against_a_hand_count() -> None:
     # three tokens, two experts each: expert 0 twice, expert 1 three times, expert 3 once; fair would be 1.5 each
-    uneven = RouterStats(torch.ones(4), torch.tensor([2.0, 3.0, 0.0, 1.0]), torch.tensor(3.0))
-    even = RouterStats(torch.ones(4), torch.tensor([5.0, 5.0, 5.0, 5.0]), torch.tensor(10.0))
-    none = RouterStats(torch.zeros(4), torch.zeros(4), torch.tensor(0.0))
+    uneven, even, none = stats([2.0, 3.0, 0.0, 1.0], 3.0), stats([5.0, 5.0, 5.0, 5.0], 10.0), stats([0.0] * 4, 0.0)
     load = expert_load([uneven, even, none]).tolist()
     assert load[0] == pytest.approx([4 / 3, 2.0, 0.0, 2 / 3])
     assert load[1:] == [[1.0] * 4, [0.0] * 4]
     assert expert_load([]).tolist() == []
     assert all(isinstance(share, float) for share in load[0])
+
+
+def test_router_health_against_a_hand_count() -> None:
+    # of four experts the entropy is at most ln 4; three tokens with ln 2 each are half of that
+    layers = [stats([3.0, 3.0, 0.0, 0.0], 3.0, 3 * math.log(2), 5.5), stats([0.0] * 4, 0.0)]
+    entropy, largest = router_health(layers).tolist()
+    assert entropy == pytest.approx([0.5, 0.0]) and largest == [5.5, 0.0]
+    assert router_health([]).tolist() == [[], []]
+
+
+def test_micro_batches_add_up_but_for_the_largest_score() -> None:
+    first, second = stats([1.0, 2.0], 3.0, 0.5, 7.0), stats([2.0, 2.0], 4.0, 0.25, 6.0)
+    (total,) = add_stats(add_stats([], [first]), [second])
+    assert total.assignments.tolist() == [3.0, 4.0] and total.probability.tolist() == [2.0, 2.0]
+    assert (total.tokens, total.entropy, total.largest) == (7.0, 0.75, 7.0)
 
 
 def test_peak_memory_is_that_of_this_process_in_mb() -> None:

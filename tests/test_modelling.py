@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import CPU_ATTENTION, CPU_BACKENDS
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moelet import attention, modelling
@@ -202,7 +202,10 @@ def test_a_changed_token_leaves_earlier_logits(attention_name: str, experts_name
 
 @pytest.mark.parametrize(("attention_name", "experts_name"), COMBINATIONS)
 def test_no_gradient_from_the_past_to_the_future(attention_name: str, experts_name: str) -> None:
-    model = lively(attention=attention_name, experts=experts_name)
+    assert_no_gradient_to_the_future(lively(attention=attention_name, experts=experts_name))
+
+
+def assert_no_gradient_to_the_future(model: GPT) -> None:
     embedded: list[Tensor] = []
     model.embed.register_forward_hook(lambda module, inputs, output: embedded.append(output))
     ids = random_ids(2, CONTEXT)
@@ -226,7 +229,7 @@ def test_rows_of_a_batch_are_apart(attention_name: str, experts_name: str) -> No
     assert (after[1] - before[1]).abs().max() > 0.1
 
 
-def heads_without_transpose(self: modelling.Attention, x: Tensor) -> Tensor:
+def heads_without_transpose(self: modelling.Attention, x: Tensor, norm: nn.Module | None, place: object) -> Tensor:
     return x.view(x.shape[0], -1, x.shape[1], self.head_width)
 
 
@@ -268,7 +271,10 @@ def test_heads_that_slice_time_are_seen(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize(("attention_name", "experts_name"), COMBINATIONS)
 def test_padding_changes_nothing(attention_name: str, experts_name: str, side: str) -> None:
-    model = lively(attention=attention_name, experts=experts_name)
+    assert_padding_changes_nothing(lively(attention=attention_name, experts=experts_name), side)
+
+
+def assert_padding_changes_nothing(model: GPT, side: str) -> None:
     for length in (1, 5, CONTEXT - 1):
         ids = random_ids(1, length, seed=length)
         pad = torch.full((1, CONTEXT - length), 3)
@@ -279,7 +285,7 @@ def test_padding_changes_nothing(attention_name: str, experts_name: str, side: s
         torch.testing.assert_close(model.logits(among.hidden)[real], model.logits(alone.hidden)[0], rtol=0, atol=1e-5)
         assert len(alone.router) == len(among.router) == 2
         for mine, theirs in zip(among.router, alone.router, strict=True):
-            torch.testing.assert_close(mine.probability, theirs.probability, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
             assert torch.equal(mine.assignments, theirs.assignments)
             assert mine.tokens.item() == theirs.tokens.item() == length
             assert mine.assignments.sum().item() == length * model.settings.top_k
@@ -290,7 +296,10 @@ def test_padding_changes_nothing(attention_name: str, experts_name: str, side: s
 
 @pytest.mark.parametrize(("attention_name", "experts_name"), COMBINATIONS)
 def test_cache_equals_the_full_pass(attention_name: str, experts_name: str) -> None:
-    model = lively(attention=attention_name, experts=experts_name)
+    assert_cache_equals_the_full_pass(lively(attention=attention_name, experts=experts_name))
+
+
+def assert_cache_equals_the_full_pass(model: GPT) -> None:
     ids = random_ids(2, CONTEXT)
     want = logits(model, ids)
     for prompt in range(1, CONTEXT + 1):
@@ -314,7 +323,10 @@ def test_cache_takes_prompts_in_chunks(backend: str, sizes: list[int]) -> None:
 @pytest.mark.parametrize("sizes", [[8, 1, 1], [4, 4, 1, 1], [1, 7, 2]])
 @pytest.mark.parametrize("backend", CPU_ATTENTION)
 def test_cache_with_left_padding_equals_one_by_one(backend: str, sizes: list[int]) -> None:
-    model = lively(attention=backend)
+    assert_left_padding_equals_one_by_one(lively(attention=backend), sizes)
+
+
+def assert_left_padding_equals_one_by_one(model: GPT, sizes: list[int]) -> None:
     lengths, total = (10, 7, 3), 10
     rows = [random_ids(1, length, seed=length) for length in lengths]
     ids = torch.cat([F.pad(row, (total - row.shape[1], 0), value=3) for row in rows])
@@ -356,12 +368,23 @@ def test_autocast_keeps_router_residual_and_logits_wide() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         output = model(random_ids(2, 8))
         assert output.hidden.dtype == torch.bfloat16 and model.logits(output.hidden).dtype == torch.float32
-        residual, branch, _ = model.layers[0](None, torch.randn(2, 8, 96), None, None, None)
-        assert residual.dtype == torch.float32 and branch.dtype == torch.bfloat16
+        embedded, place = torch.randn(2, 8, 96), model._place(random_ids(2, 8), None, None)
+        residual, branch, values, _ = model.layers[0](None, embedded, embedded, None, place)
+        assert residual.dtype == torch.float32 and branch.dtype == values.dtype == torch.bfloat16
     assert all(value.dtype == torch.float32 for stats in output.router for value in stats)
 
 
-@pytest.mark.parametrize("shape", [{}, {"activation": "swiglu", "top_k": 3}, {"n_experts": 1, "top_k": 1}], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"activation": "swiglu", "top_k": 3},
+        {"n_experts": 1, "top_k": 1},
+        {"shared_expert": 48},
+        {"shared_expert": 24, "activation": "swiglu", "positions": "rope", "qk_norm": True},
+    ],
+    ids=str,
+)
 def test_flops_equal_the_counted_ones(shape: dict[str, object]) -> None:
     """Exact: the explicit attention computes the whole square, of which the formula counts the causal half."""
     model = lively(**{**shape, "attention": "explicit", "experts": "grouped"}).double()  # in torch's own operations

@@ -12,7 +12,7 @@ from moelet.sections import ModelSettings, OptimSettings
 
 SHAPE = {"max_length": 8, "d_model": 12, "d_embed": 6, "n_layers": 2, "n_heads": 2, "d_ff": 20, "n_experts": 5}
 VARIANTS = [{}, {"tie_embeddings": False}, {"d_embed": None}, {"activation": "swiglu"}, {"n_experts": 1, "top_k": 1}]
-UNDECAYED = ("layernorm.weight", "norm.weight", "embed.tokens.weight", "embed.positions.weight")
+UNDECAYED = ("layernorm.weight", "norm.weight", "mlp.gate.weight", "embed.tokens.weight", "embed.positions.weight")
 
 
 def tiny(**changes: object) -> GPT:
@@ -41,6 +41,14 @@ def test_embed_lr_is_for_the_embedding_tables_alone() -> None:
         assert all((id(parameter) in tables) == (group["lr_scale"] != 1.0) for parameter in group["params"])
         assert group["lr_scale"] in (1.0, 4.0)
     assert {group["lr_scale"] for group in parameter_groups(model, OptimSettings(lr=1e-3))} == {1.0}
+
+
+def test_router_lr_is_for_the_routers_alone() -> None:
+    model = tiny()
+    routers = {id(layer.mlp.gate.weight) for layer in model.layers}
+    for group in parameter_groups(model, OptimSettings(lr=1e-3, router_lr=5e-4)):
+        assert all((id(parameter) in routers) == (group["lr_scale"] == 0.5) for parameter in group["params"])
+    assert sum(group["lr_scale"] == 0.5 for group in parameter_groups(model, OptimSettings(router_lr=5e-4))) == 1
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -119,6 +127,9 @@ def test_schedules_by_hand() -> None:
     assert rates("linear", 110, 10)[59] == pytest.approx(0.55)  # half way from 1 to 0.1
     assert rates("cosine", 110, 10)[59] == pytest.approx(0.55)
     assert rates("cosine", 110, 10)[34] == pytest.approx(0.1 + 0.9 * (1 + 2**-0.5) / 2)  # a quarter of the way
+    steady = rates("wsd", 110, 10)
+    assert steady[9:70] == [1.0] * 61 and steady[70] < 1.0, "two fifths of the rest fall"
+    assert steady[89] == pytest.approx(0.55)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -13,19 +13,26 @@ import torch
 from conftest import needs_kernels
 from torch import Tensor
 
-from moelet import attention, experts, generate, loss, modelling, moe
+from moelet import attention, experts, generate, loss, modelling, moe, muon, rotary
 from moelet.generate import Sampling, continuations
 from moelet.loss import BALANCE, IGNORE, linear_cross_entropy
 from moelet.modelling import GPT, KVCache
-from moelet.sections import ModelSettings
+from moelet.optim import OPTIMIZERS
+from moelet.sections import ModelSettings, OptimSettings
 
-FILES = {str(Path(module.__file__ or "")) for module in (attention, experts, generate, loss, modelling, moe)}
+MODULES = (attention, experts, generate, loss, modelling, moe, muon, rotary)
+FILES = {str(Path(module.__file__ or "")) for module in MODULES}
 SUFFIX = re.compile(r".*_([A-Z1c]+)$")
-GENERIC = {"I", "O"}  # input and output width of any matrix: whatever, but the same all over a call
+GENERIC = {"I", "O", "M"}  # widths of any matrix, how many of a shape: whatever, but the same all over a call
 CHUNK = 11
 # no two alike, so that a swap can't hide; L is the keys, and in loss.py the layers
 MODEL = {"D": 21, "R": 9, "H": 3, "C": 7, "F": 6, "E": 5, "K": 4, "V": 37}
 LAYERS, CONTEXT = 8, 32
+MODERN = {
+    "d_model": 24, "positions": "rope", "qk_norm": True, "embed_norm": True, "shared_expert": 6, "smear": True,
+    "selection_bias": True, "embed_residual": True, "value_residual": True,
+}  # fmt: skip
+EVEN = {"D": 24, "C": 8}  # heads that can turn
 FULL = {**MODEL, "B": 2, "S": 13, "T": 26, "N": 104, "L": 13}
 CACHED = {**MODEL, "B": 2, "S": 10, "T": 20, "N": 80, "L": 23}
 
@@ -157,6 +164,13 @@ def traced() -> tuple[set[tuple[str, str]], list[str]]:
             shape = {"d_model": 96, "d_embed": 160, "d_ff": 320, "activation": activation}
             kernels = {**FULL, "D": 96, "R": 160, "C": 32, "F": 64}
             add(lambda shape=shape: train_once(tiny(**shape)), kernels)
+        for changes in (MODERN, {**MODERN, "experts": "reference", "activation": "swiglu", "normalize_top_k": True}):
+            model = tiny(**changes)
+            add(lambda model=model: train_once(model), {**FULL, **EVEN})
+            add(lambda model=model: OPTIMIZERS["muon"](model, OptimSettings()).step(), FULL)
+            for new in (None, torch.ones(2, 10, dtype=torch.bool)):
+                cache, rest = continue_cached(model)
+                add(lambda model=model, cache=cache, rest=rest, new=new: model(rest, new, cache), {**CACHED, **EVEN})
         dense = {**FULL, "F": 30}
         add(lambda: train_once(tiny(n_experts=1, top_k=1, activation="swiglu")), dense)
         logits = torch.randn(2, 37)
@@ -201,6 +215,8 @@ def test_every_name_was_seen(traced: tuple[set[tuple[str, str]], list[str]]) -> 
 def test_sizes_are_distinct() -> None:
     assert len(set(FULL.values())) == len(FULL) - 1  # S and L are the same positions without a cache
     assert len(set(CACHED.values())) == len(CACHED)
+    for sizes in (FULL, CACHED):
+        assert len(set((sizes | EVEN).values())) == len(set(sizes.values()))
     assert len({*MODEL.values(), LAYERS, CONTEXT, CHUNK}) == len(MODEL) + 3
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from moelet.data import Batch, collate
 from moelet.errors import UserError
@@ -151,6 +152,118 @@ def test_balance_slopes_are_the_gradient_of_the_formula(tokenizer: Tokenizer) ->
     (actual,) = torch.autograd.grad(surrogate, router, retain_graph=True)
     (wanted,) = torch.autograd.grad(0.5 * expected, router)
     torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-14)
+
+
+# --- the z-loss, and biases that move ---
+
+
+def z_gradients(training: Training, micro: list[Batch]) -> dict[str, torch.Tensor]:
+    return step_and_gradients(training, micro)[1]
+
+
+@pytest.mark.parametrize("rule", [None, "switch"])
+@pytest.mark.parametrize("sizes", [[4, 4], [1] * 8, [5, 2, 1]])
+def test_accumulation_is_the_whole_batch_for_the_z_loss_too(
+    tokenizer: Tokenizer, rule: str | None, sizes: list[int]
+) -> None:
+    batch, changes = ragged_batch(tokenizer), {"balance__loss": rule, "balance__z_loss": 0.5}
+    expected = z_gradients(make_training(tokenizer, **changes), [batch])
+    actual = z_gradients(make_training(tokenizer, **changes), pieces(batch, sizes))
+    assert relative_difference(actual, expected) < 1e-6
+    without = z_gradients(make_training(tokenizer, balance__loss=rule), [batch])
+    assert relative_difference(without, expected) > 1e-3
+
+
+def test_the_z_loss_is_that_of_the_formula(tokenizer: Tokenizer) -> None:
+    """Zoph et al. 2022, eq. 5, over real tokens, averaged over layers; what is reported stays the cross-entropy."""
+    batch, gradients, reports = ragged_batch(tokenizer), {}, {}
+    for weight in (0.0, 0.5):
+        training = make_training(tokenizer, balance__z_loss=weight)
+        training.model.double()
+        reports[weight], gradients[weight] = step_and_gradients(training, [batch])
+    assert reports[0.0].loss == reports[0.5].loss
+    assert batch.segments is not None
+    model, scores, real = make_training(tokenizer).model.double(), [], batch.segments.flatten() != 0
+    for layer in model.layers:
+        layer.mlp.gate.register_forward_hook(
+            lambda router, inputs, output: scores.append(inputs[0] @ router.weight.T)  # (T, E)
+        )
+    model(batch.input_ids, batch.segments)
+    value = torch.stack([layer.logsumexp(-1)[real].square().mean() for layer in scores]).mean()
+    router = model.layers[0].mlp.gate.weight
+    (want,) = torch.autograd.grad(0.5 * value, router)
+    name = "layers.0.mlp.gate.weight"
+    torch.testing.assert_close(gradients[0.5][name] - gradients[0.0][name], want, rtol=1e-8, atol=1e-12)
+
+
+def test_the_z_loss_ignores_padding(tokenizer: Tokenizer) -> None:
+    bare = collate([tokenizer.encode(TEXT)[:11]], False)
+    assert bare.segments is None
+    bare = bare._replace(segments=torch.ones_like(bare.input_ids))
+    padded = Batch(*(F.pad(part, (0, 13), value=fill) for part, fill in zip(bare, (3, IGNORE, 0), strict=True)))
+    changes = {"balance__z_loss": 5.0, "balance__loss": None}
+    found, want = (z_gradients(make_training(tokenizer, **changes), [batch]) for batch in (padded, bare))
+    assert relative_difference(found, want) < 1e-6
+
+
+def biased(tokenizer: Tokenizer, rate: float, **changes: object) -> Training:
+    changes = {"balance__loss": None, "model__selection_bias": True, "balance__bias_rate": rate} | changes
+    return make_training(tokenizer, **changes)
+
+
+def biases(training: Training) -> list[torch.Tensor]:
+    return [layer.mlp.gate.bias.clone() for layer in training.model.layers]
+
+
+@pytest.mark.parametrize("sizes", [[8], [5, 2, 1]])
+def test_biases_move_towards_a_fair_share(tokenizer: Tokenizer, sizes: list[int]) -> None:
+    """By the rate: up where an expert had less than its share of the step's real tokens, down where it had more."""
+    training, batch = biased(tokenizer, 0.25), ragged_batch(tokenizer)
+    report = train_step(training, pieces(batch, sizes))
+    for layer, bias in zip(report.expert_load, biases(training), strict=True):
+        assert min(layer) < 1 < max(layer)
+        assert bias.tolist() == [0.25 if share < 1 else -0.25 if share > 1 else 0.0 for share in layer]
+
+
+def test_biases_even_the_load_out(tokenizer: Tokenizer) -> None:
+    training, batch = biased(tokenizer, 0.02, optim__lr=1e-6, optim__min_lr=0.0), ragged_batch(tokenizer)
+    with torch.no_grad():
+        for layer in training.model.layers:
+            layer.mlp.gate.weight.mul_(10)
+            layer.mlp.gate.weight[0] += 0.3 * layer.mlp.gate.weight[1]
+    spread = []
+    for _ in range(80):
+        loads = torch.tensor(train_step(training, [batch]).expert_load)
+        spread.append(loads.std(1, correction=0).max().item())
+    assert sum(spread[-10:]) < 0.5 * sum(spread[:10]), "the same weights, other choices"
+    assert training.scaler is None and all(bias.abs().max() > 0.02 for bias in biases(training))
+
+
+def test_a_skipped_step_moves_no_bias(tokenizer: Tokenizer) -> None:
+    training = scaled(biased(tokenizer, 0.25, train__precision="fp16"), 2.0**30)
+    assert train_step(training, [ragged_batch(tokenizer)]).skipped
+    assert not any(bias.any() for bias in biases(training))
+
+
+def test_biases_have_no_gradient_and_are_saved(tokenizer: Tokenizer) -> None:
+    training, batch = biased(tokenizer, 0.25), ragged_batch(tokenizer)
+    _, gradients = step_and_gradients(training, [batch])
+    assert not any("bias" in name for name in gradients)
+    again = biased(tokenizer, 0.25)
+    restore(again, snapshot(training, {}))
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(biases(training), biases(again), strict=True))
+
+
+def test_router_health_is_reported(tokenizer: Tokenizer) -> None:
+    batch = ragged_batch(tokenizer)
+    whole = train_step(make_training(tokenizer), [batch])
+    parts = train_step(make_training(tokenizer), pieces(batch, [5, 2, 1]))
+    assert len(whole.router_entropy) == len(whole.router_largest) == 2
+    assert all(0.9 < entropy <= 1 for entropy in whole.router_entropy), "near-uniform at first"
+    assert parts.router_entropy == pytest.approx(whole.router_entropy, rel=1e-6)
+    assert parts.router_largest == pytest.approx(whole.router_largest, rel=1e-6)
+    dense = train_step(make_training(tokenizer, model__n_experts=1, model__top_k=1), [batch])
+    assert dense.router_entropy == dense.router_largest == []
 
 
 def test_reported_loss_is_cross_entropy_alone(tokenizer: Tokenizer) -> None:

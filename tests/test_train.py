@@ -13,6 +13,7 @@ from moelet import checkpoint, train
 from moelet.console import Progress
 from moelet.errors import TemporaryError
 from moelet.hparams import make_hparams
+from moelet.peers import AnyIds
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -86,3 +87,27 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(settings: dict[str, Any],
     evaluated = {row["step"]: row["val_loss"] for row in rows(run) if "val_loss" in row}
     best = min(evaluated, key=lambda step: evaluated[step])
     assert set(checkpoint.checkpoint_steps(run)) == {best, 24}
+
+
+NEW_SETTINGS: list[dict[str, Any]] = [
+    {"model": {"positions": "rope"}},
+    {"model": {"zero_init": True}},
+    {"model": {"shared_expert": 32}},
+    {"optim": {"router_lr": 0.1}},
+    {"balance": {"z_loss": 1e-3}},
+]
+
+
+def test_runs_from_before_the_modern_settings_go_on() -> None:
+    """The fingerprints of the reference settings are those of commit 40ba2ea, which knew none of the new ones."""
+    tokenizer = AnyIds(300)
+    tokenizer.fingerprint = "that of any ids"
+
+    def marks(**sections: Any) -> dict[str, str]:
+        return train.identity(make_hparams({"train": {"train_steps": 3}, **sections}), tokenizer)
+
+    before = marks()
+    assert before["settings"][:16] == "9b52fb1fe6917de4" and before["model"][:16] == "d04b01a01aa3117e"
+    for change in NEW_SETTINGS:
+        assert marks(**change)["settings"] != before["settings"]
+        assert (marks(**change)["model"] != before["model"]) == ("model" in change)

@@ -91,12 +91,13 @@ class RoutedFFN(torch.autograd.Function):
         matrices = (w_in_EFD, w_gate_EFD, w_out_EDF)
         packed = [_packed(w, x_TD.dtype, False) for w in matrices]
         n_rows, (width, hidden) = up_PF.shape[0], (x_TD.shape[1], up_PF.shape[1])
+        grad_TD = grad_TD.contiguous()  # a name of its own: C is given an address, which doesn't keep a copy alive
         grad_rows_PD = x_TD.new_empty(n_rows, width)
         scratch = x_TD.new_empty(n_rows * (2 * width + (2 if w_gate_EFD is None else 3) * hidden))
         gradients = [None if t is None else torch.empty_like(t) for t in (x_TD, weights_TK, *matrices)]
         library(x_TD.dtype).experts_backward(
             ctypes.byref(problem),
-            *map(address, (x_TD, grad_TD.contiguous(), weights_TK, *packed, up_PF, gate_PF, grad_rows_PD, scratch)),
+            *map(address, (x_TD, grad_TD, weights_TK, *packed, up_PF, gate_PF, grad_rows_PD, scratch)),
             *map(address, gradients),
             threads(),
         )

@@ -9,6 +9,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -47,14 +48,21 @@ def _machine() -> str:
 
 
 def _cache() -> Path:
-    """The folder that keeps what was built, made if need be; a temporary one where the home can't be written to."""
+    """The folder that keeps what was built, made if need be; where the home can't be written to, one of this user's
+    own among the temporary files.
+    """
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     try:
         (base / "moelet").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=base / "moelet"):
             return base / "moelet"
     except OSError:
-        return Path(tempfile.mkdtemp(prefix="moelet-"))
+        own = Path(tempfile.gettempdir()) / f"moelet-{os.getuid()}"
+        own.mkdir(mode=0o700, exist_ok=True)
+        found = own.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+            return own
+        return Path(tempfile.mkdtemp(prefix="moelet-"))  # another user's: what it holds would be run
 
 
 def _compiler() -> str:
@@ -79,9 +87,12 @@ def build(dtype: torch.dtype) -> Path:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
+        partial.unlink(missing_ok=True)
         raise BuildError(f"{compiler} can't be run: {error}") from None
     if done.returncode:
         raise BuildError(f"{compiler} fails: {(done.stderr.strip() or 'no message').splitlines()[0]}")
+    with partial.open("rb") as written:
+        os.fsync(written.fileno())  # half a library, after a power cut, would end the process that loads it
     os.replace(partial, target)  # two processes may build at once: either's is whole
     return target
 
@@ -94,7 +105,12 @@ def _load(dtype: torch.dtype) -> ctypes.CDLL | str:
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH} is 0"
     try:
-        return ctypes.CDLL(str(build(dtype)))
+        path = build(dtype)
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # not a library: once more, from the sources
+            path.unlink()
+            return ctypes.CDLL(str(build(dtype)))
     except (BuildError, OSError) as error:
         return str(error)
 

@@ -52,6 +52,7 @@ class Rotate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BSHC: Tensor) -> tuple[Tensor | None, ...]:
         x_BSHC, weight, cos, sin, positions_BS = ctx.saved_tensors
+        grad_BSHC = grad_BSHC.contiguous()  # heads first as attention gives it; this name keeps the copy alive
         grad_x_BSHC, grad_weight, partial = torch.empty_like(x_BSHC), None, None
         if weight is not None:
             grad_weight = torch.empty_like(weight)
@@ -59,7 +60,7 @@ class Rotate(torch.autograd.Function):
         problem = _problem(x_BSHC, ctx.eps, weight, cos, sin, positions_BS)
         library(x_BSHC.dtype).rotary_backward(
             ctypes.byref(problem),
-            *map(address, (x_BSHC, grad_BSHC.contiguous(), grad_x_BSHC, grad_weight, partial)),
+            *map(address, (x_BSHC, grad_BSHC, grad_x_BSHC, grad_weight, partial)),
             threads(),
         )
         return grad_x_BSHC, grad_weight, None, None, None, None
