@@ -83,6 +83,17 @@ def settings_file(request: Request) -> tuple[Request, Path]:
     return request, request.file or DEFAULT_FILE
 
 
+def numbers(option: str, text: str | None) -> list[float] | None:
+    """Return the numbers in text like "0.5,1"; raise UserError for anything else."""
+    try:
+        found = None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [math.nan]
+    if found is not None and not all(map(math.isfinite, found)):
+        raise UserError(f"{option} is {text!r}. It needs numbers with commas between. Write {option} 0.5,1.")
+    return found
+
+
 def _list(values: Sequence[float]) -> str:
     return ",".join(f"{value:g}" for value in values)
 

@@ -22,6 +22,7 @@ from moelet.disk import write_file
 from moelet.errors import Interrupted, TemporaryError, UserError
 from moelet.findings import findings
 from moelet.planning import Request, begin, prepare_text
+from moelet.prove_page import write
 from moelet.study import PLAN, REPORT_SECONDS, Done, Job, Plan
 from moelet.train import stop_signals
 from moelet.workers import STOPPED, ask_to_stop, drop_checkpoints, progress_of, result_of, run_job, workers
@@ -189,7 +190,7 @@ def introduce(plan: Plan, folder: Path, progress: Progress) -> None:
 
 
 def prove(request: Request, folder: Path, progress: Progress, began: float) -> dict[str, Any]:
-    """Carry out a study in `folder`, new or going on; return its findings.
+    """Carry out a study in `folder`, new or going on; write its findings there, say them and return them.
 
     Raises UserError before any work for what doesn't fit, Interrupted and TemporaryError with everything saved.
     """
@@ -203,4 +204,8 @@ def prove(request: Request, folder: Path, progress: Progress, began: float) -> d
         introduce(plan, folder, progress)
         done = Study(plan, folder, data, progress, clock)
         done.run()
-        return findings(plan, done.results)
+        found = findings(plan, done.results)
+        paths = write(found, folder)
+    progress.say("", *(comparison["sentence"] for comparison in found["comparisons"]))
+    progress.say(f"see   {' and '.join(map(str, paths))}")
+    return found
