@@ -9,6 +9,7 @@ What the arms and jobs are is `moelet.study`'s, how fast they are `moelet.calibr
     prove.json, prove.png, prove.html
 """
 
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -78,24 +79,31 @@ class Study:
         runs = [job for job in study.matrix(self.plan) if self._rate_is_known(job) and job not in self.results]
         return [job for job in (*sweeps, *runs) if job not in running]
 
-    def seconds_left(self) -> float:
-        """Return how long the rest takes: as predicted, corrected by what jobs took so far."""
+    def seconds_left(self, seeds: Sequence[int]) -> float:
+        """Return how long the rest of these seeds takes: as predicted, corrected by what jobs took so far."""
         sweeps = [job for arm in self.plan.arms for job in study.sweep_jobs(self.plan, arm)]
-        runs = [job for job in study.matrix(self.plan) if job not in self.results]
+        runs = [job for job in study.matrix(self.plan) if job not in self.results and job.seed in seeds]
         rest = sum(study.job_seconds(self.plan, job) for job in (*sweeps, *runs))
         made = sum(study.job_seconds(self.plan, job) * progress_of(self.path(job)) for job, _ in self.running.values())
         before = sum(study.job_seconds(self.plan, job) * share for job, share in self.running.values())
         work, took = self.predicted + made - before, self.clock.now() - self.began
         return (rest - made) * (took / work if work > PACE_SECONDS else 1.0)
 
-    def keep_to_budget(self) -> None:
-        """Leave out the last seeds where the rest would take longer than there is; one always stays."""
-        while self.plan.budget is not None and len(self.plan.seeds) > 1:
-            if self.seconds_left() <= self.plan.budget - self.clock.now() - REPORT_SECONDS:
-                return
-            seed = self.plan.seeds.pop()
-            self.plan.notes.append(f"seed {seed} is left out: the time budget had no room for it.")
-            self.progress.say(self.plan.notes[-1])
+    def keep_to_budget(self, job: Job) -> None:
+        """Before a job, leave out its seed and those after it where the seed wouldn't end in time; the first stays.
+
+        Not before it is due: a machine that is slow now may be quick again by then.
+        """
+        plan = self.plan
+        before = plan.seeds[: plan.seeds.index(job.seed)]
+        if plan.budget is None or not before:
+            return
+        if self.seconds_left([*before, job.seed]) <= plan.budget - self.clock.now() - REPORT_SECONDS:
+            return
+        for seed in plan.seeds[len(before) :]:
+            plan.notes.append(f"seed {seed} is left out: the time budget had no room for it.")
+            self.progress.say(plan.notes[-1])
+        plan.seeds = before
 
     def run(self) -> None:
         """Do all jobs that aren't done.
@@ -124,7 +132,7 @@ class Study:
     def _fill(self, pool: ProcessPoolExecutor, stopping: bool) -> None:
         """Give every idle worker a job."""
         while not stopping and len(self.running) < self.plan.jobs and self.outstanding():
-            self.keep_to_budget()
+            self.keep_to_budget(self.outstanding()[0])
             if not (jobs := self.outstanding()):
                 return
             job = jobs[0]
@@ -164,7 +172,7 @@ class Study:
         )
         done = len(self.results) + sum(len(arm.sweep) for arm in self.plan.arms)
         now = " + ".join(f"{job.folder} {progress_of(self.path(job)):.0%}" for job, _ in self.running.values())
-        self.progress.show(f"{done}/{total} jobs | {now} | {duration(self.seconds_left())} left", False)
+        self.progress.show(f"{done}/{total} jobs | {now} | {duration(self.seconds_left(self.plan.seeds))} left", False)
 
 
 def save_plan(plan: Plan, folder: Path) -> None:

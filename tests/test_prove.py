@@ -295,14 +295,23 @@ def test_seeds_are_left_out_when_the_clock_runs_ahead(done: Path) -> None:
     plan.seeds = [0, 1, 2, 3]
     for arm in plan.arms:
         arm.tokens_per_second = 100.0
+    first = {seed: next(job for job in study.matrix(plan) if job.seed == seed) for seed in plan.seeds}
     per_seed = sum(study.job_seconds(plan, job) for job in study.matrix(plan)) / 4
     plan.budget = 2.5 * per_seed + study.REPORT_SECONDS
-    late = Study(plan, Path("unused"), {}, Progress(), Clock(0.0, time.monotonic()))
-    late.keep_to_budget()
-    assert plan.seeds == [0, 1] and ["seed 3" in plan.notes[-2], "seed 2" in plan.notes[-1]] == [True, True]
+    late = study_in(Path("unused"), plan)
     late.results = {job: Done(1, 1.0, 1.0, []) for job in study.matrix(plan) if job.seed == 0}
+    late.clock = Clock(per_seed, time.monotonic())
+    late.keep_to_budget(first[1])
+    assert plan.seeds == [0, 1, 2, 3]  # as far as one sees now; the last two may yet have their time
+    late.results |= {job: Done(1, 1.0, 1.0, []) for job in study.matrix(plan) if job.seed == 1}
+    late.clock = Clock(2 * per_seed, time.monotonic())
+    late.keep_to_budget(first[2])
+    assert plan.seeds == [0, 1] and "seed 2" in plan.notes[-2] and "seed 3" in plan.notes[-1]
+    late.results.clear()
     late.clock = Clock(plan.budget, time.monotonic())  # all of the time is gone
-    late.keep_to_budget()
+    late.keep_to_budget(first[0])
+    assert plan.seeds == [0, 1]
+    late.keep_to_budget(first[1])
     assert plan.seeds == [0]
 
 
