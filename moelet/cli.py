@@ -285,6 +285,36 @@ def bench(
     _write_json(json_file, result)
 
 
+@app.command(epilog="Example: moelet prove hparams.json --time-budget 60m --run runs/does-it-pay")
+def prove(
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The settings; default: hparams.json.")] = None,
+    run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="The study's folder, new or not.")] = None,
+    time_budget: Annotated[str | None, typer.Option(metavar="TIME", help="Choose a size that ends in it: 60m.")] = None,
+    vary: Annotated[list[str] | None, typer.Option(metavar="K=A,B", help="Compare values; crossed.")] = None,
+    arm: Annotated[list[str] | None, typer.Option(metavar="NAME: K=V K=V", help="Compare a change.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each arm; default: 3.")] = None,
+    lr_grid: Annotated[str | None, typer.Option(metavar="X,Y", help="On learning rates; default: 0.5,1,2.")] = None,
+    horizons: Annotated[str | None, typer.Option(metavar="X,Y", help="Of the tokens; default: 0.25,0.5,1.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time, sharing the threads; default: 1.")] = None,
+    plan: Annotated[Path | None, typer.Option(metavar="PLAN", help="Make the study of a plan.json anew.")] = None,
+    changes: Changes = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Find out whether a mixture of experts pays, or what changes to the settings do."""
+    from moelet.budget import parse_duration
+    from moelet.console import Progress
+    from moelet.planning import Request, numbers
+    from moelet.prove import prove as carry_out
+
+    _check_writable(json_file)
+    began = time.monotonic()
+    budget = None if time_budget is None else parse_duration(time_budget)
+    grid, shares = numbers("--lr-grid", lr_grid), numbers("--horizons", horizons)
+    request = Request(file, changes or (), vary or (), arm or (), seeds, grid, shares, jobs, budget, plan)
+    folder = run or Path(f"runs/prove-{time.strftime('%Y%m%d-%H%M%S')}")
+    _write_json(json_file, carry_out(request, folder, Progress(), began))
+
+
 @tokenizer_app.command("train", epilog="Example: moelet tokenizer train 'texts/*.txt' --vocab-size 8192 --out my.model")
 def train_tokenizer(
     files: Annotated[list[str], typer.Argument(metavar="FILES", help="Paths, globs or folders of text.")],

@@ -5,6 +5,7 @@ import io
 import math
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 # Blue and vermilion of Okabe and Ito's palette, told apart by every kind of colour vision. In the page each becomes a
 # CSS variable of this name, so that the charts follow the reader's light or dark theme.
 INK, MUTED, GRID, PAPER, TRAIN, VALID = "#1d2330", "#697386", "#dfe3ea", "#fffffe", "#0072b2", "#d55e00"
+# the other colours of that palette that are seen on light and dark alike, for lines beside those two
+SERIES = (TRAIN, VALID, "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 COLORS = {"ink": INK, "muted": MUTED, "grid": GRID, "paper": PAPER, "train": TRAIN, "valid": VALID}
 POINTS = 1500  # of a line: more than the pixels it crosses, few enough that a week's run makes a page of 1 MB
 Point = tuple[float, float]  # tokens, value
@@ -76,5 +79,28 @@ def as_table(rows: Iterable[Sequence[object]]) -> str:
     return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
+def as_wide_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table of many columns, under their names."""
+    names = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    body = as_table(rows).removeprefix("<table>")
+    return f'<div class="wide"><table><tr>{names}</tr>{body}</div>'
+
+
 def as_section(title: str, body: str, note: str = "") -> str:
     return f"<section><h2>{title}</h2>{f'<p>{note}</p>' if note else ''}{body}</section>"
+
+
+def page(kind: str, name: str, subtitle: str, pill: str, sections: Iterable[str]) -> bytes:
+    """Return a whole page; `name` and `subtitle` are plain text, the other parts HTML."""
+    css = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+    shown = {"name": html.escape(name), "subtitle": html.escape(subtitle), "pill": pill, "body": "".join(sections)}
+    whole = PAGE.format(css=css, kind=kind, **shown)
+    return whole.encode("utf-8", errors="replace")  # a text can hold half a surrogate pair
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<title>{name}: moelet {kind}</title><style>{css}</style></head><body><main>
+<header><h1>{name}</h1><p>{subtitle}</p>{pill}</header>{body}</main></body></html>
+"""

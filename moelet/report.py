@@ -32,6 +32,7 @@ from moelet.page import (
     draw_line,
     dress,
     new_figure,
+    page,
     short,
 )
 
@@ -130,11 +131,8 @@ def write_report(run: Path) -> Path:
         *(part(read) for part in (_experts, _samples, _data_table, _settings)),
     )
     pill = f'<span class="pill {status}">{status}: step {done:,} of {total:,}</span>'
-    name, shape = html.escape(read.path.resolve().name), html.escape(read.shape)
-    css = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
-    page = PAGE.format(css=css, name=name, shape=shape, pill=pill, body="".join(body))
     path = read.path / "report.html"
-    path.write_bytes(page.encode("utf-8", errors="replace"))  # a sample can hold half a surrogate pair
+    path.write_bytes(page("run", read.path.resolve().name, read.shape, pill, body))
     return path
 
 
@@ -288,11 +286,3 @@ def _settings(run: _Run) -> str:
         rows = [(k, json.dumps(v, ensure_ascii=False), fields[k].description or "") for k, v in values.items()]
         body += f"<h3>{html.escape(name)}</h3>{as_table(rows)}"
     return as_section("Go on", f"<pre>{html.escape(chr(10).join(lines))}</pre>") + as_section("Settings", body)
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{name}: moelet run</title><style>{css}</style></head><body><main>
-<header><h1>{name}</h1><p>{shape}</p>{pill}</header>{body}</main></body></html>
-"""
