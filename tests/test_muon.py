@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moelet import muon
 from moelet.modelling import GPT
-from moelet.muon import MOMENTUM, Muon, orthogonalize
+from moelet.muon import MOMENTUM, POLYNOMIALS, Muon, orthogonalize
 from moelet.optim import ADAM_EPS, OPTIMIZERS
 from moelet.sections import OptimSettings
 
@@ -43,6 +43,13 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- the orthogonal matrix ---
+
+
+def test_the_polynomials_end_near_1_for_values_from_a_hundredth_on() -> None:
+    values = torch.logspace(-2, 0, 2001, dtype=torch.float64)
+    for a, b, c in POLYNOMIALS:
+        values = a * values + b * values**3 + c * values**5
+    assert (values - 1).abs().max() < 0.27
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
