@@ -6,11 +6,8 @@ interrupted, once training has begun with everything saved. Commands import what
 """
 
 import errno
-import json
-import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +15,9 @@ from typing import Annotated, Any
 
 import typer
 
+from moelet.disk import check_writable, make_folder, write_json
 from moelet.errors import Interrupted, TemporaryError, UserError
+from moelet.tokenizer_cli import tokenizer_app
 
 # typer may bring its own copy of click; its public names lead to the base class of whichever it uses
 ClickException: Any = typer.BadParameter.__mro__[2]
@@ -31,7 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-tokenizer_app = typer.Typer(help="Train a SentencePiece tokenizer, or use one.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer", epilog="Example: moelet tokenizer train book.txt --out book.model")
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `moelet train` wrote.")]
@@ -124,7 +122,7 @@ def prepare(
     from moelet.hparams import read_hparams
     from moelet.prepare import prepare as prepare_text
 
-    _check_writable(json_file)
+    check_writable(json_file)
     with Progress() as progress:
         made = prepare_text(read_hparams(file or Path("hparams.json"), changes or []), out, tokens, progress)
     rows = [
@@ -134,7 +132,7 @@ def prepare(
     ]
     print("\n".join(table(str(out), rows)))
     print(f"train   python -m moelet train {out / 'hparams.json'}")
-    _write_json(json_file, {key: made[key] for key in ("items", "bytes", "tokens", "vocab_size")})
+    write_json(json_file, {key: made[key] for key in ("items", "bytes", "tokens", "vocab_size")})
 
 
 @app.command(epilog="Example: moelet upcycle runs/dense --run runs/moe --experts 8 --set train.train_steps=500")
@@ -185,7 +183,7 @@ def generate(
     from moelet.precision import choose_device
 
     _end_quietly_with_the_reader()
-    _check_writable(json_file)
+    check_writable(json_file)
     sampling = Sampling(temperature, top_k, top_p, seed)
     sampling.check()
     model, tokenizer, _, _ = load(run, choose_device("auto"))
@@ -203,7 +201,7 @@ def generate(
         texts = complete(model, tokenizer, prompt, tokens, sampling)
         for start, text in zip(prompt, texts, strict=True):
             print(f"{shown(start)}{shown(text)}\n---")
-    _write_json(json_file, [{"prompt": start, "text": text} for start, text in zip(prompt, texts, strict=True)])
+    write_json(json_file, [{"prompt": start, "text": text} for start, text in zip(prompt, texts, strict=True)])
 
 
 @app.command(epilog="Example: moelet evaluate runs/first --data 'other/*.txt' --json result.json")
@@ -227,7 +225,7 @@ def evaluate(
     from moelet.precision import choose_device, choose_dtype
 
     _end_quietly_with_the_reader()
-    _check_writable(json_file)
+    check_writable(json_file)
     hparams, _ = load_run_settings(run)
     if data is not None:
         changed = hparams.model_dump(mode="json")
@@ -248,7 +246,7 @@ def evaluate(
         *((f"experts {i}", " ".join(f"{load:.2f}" for load in layer)) for i, layer in enumerate(result.expert_load)),
     ]
     print("\n".join(table(f"{run} at step {step}", rows)))
-    _write_json(json_file, result._asdict())
+    write_json(json_file, result._asdict())
 
 
 @app.command(epilog="Example: moelet bench --variants naive-bf16,hf-mixtral-eager --rounds 3 --json bench.json")
@@ -273,16 +271,16 @@ def bench(
     from moelet import bench_page
     from moelet.console import Progress
 
-    _check_writable(json_file)
+    check_writable(json_file)
     workload = benchmark.workload_of(file, batch_size)
     benchmark.choose(variants)
-    _make_folder(out)
+    make_folder(out)
     with Progress() as progress:
         result = benchmark.bench(workload, variants, peers_allocator, rounds, progress)
     print(bench_page.page(result))
     for path in [] if out is None else bench_page.write(result, out):
         print(f"see   {path}")
-    _write_json(json_file, result)
+    write_json(json_file, result)
 
 
 @app.command(epilog="Example: moelet prove hparams.json --time-budget 60m --run runs/does-it-pay")
@@ -306,98 +304,18 @@ def prove(
     from moelet.planning import Request, numbers
     from moelet.prove import prove as carry_out
 
-    _check_writable(json_file)
+    check_writable(json_file)
     began = time.monotonic()
     budget = None if time_budget is None else parse_duration(time_budget)
     grid, shares = numbers("--lr-grid", lr_grid), numbers("--horizons", horizons)
     request = Request(file, changes or (), vary or (), arm or (), seeds, grid, shares, jobs, budget, plan)
     folder = run or Path(f"runs/prove-{time.strftime('%Y%m%d-%H%M%S')}")
-    _write_json(json_file, carry_out(request, folder, Progress(), began))
-
-
-@tokenizer_app.command("train", epilog="Example: moelet tokenizer train 'texts/*.txt' --vocab-size 8192 --out my.model")
-def train_tokenizer(
-    files: Annotated[list[str], typer.Argument(metavar="FILES", help="Paths, globs or folders of text.")],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the model goes.")],
-    vocab_size: Annotated[int, typer.Option(min=260)] = 4096,
-    algorithm: Annotated[str, typer.Option(help="bpe or unigram.")] = "bpe",
-    text_field: Annotated[str, typer.Option(help="The field of rows that holds the text.")] = "text",
-) -> None:
-    """Train a tokenizer on text files."""
-    from moelet.data import START, one_epoch
-    from moelet.hparams import make_hparams
-    from moelet.tokenizer import Tokenizer
-
-    _check_writable(out)
-    data = {"source": "files", "files": files, "text_field": text_field}
-    settings = make_hparams(
-        {"data": data, "tokenizer": {"vocab_size": vocab_size, "algorithm": algorithm}, "train": {"train_steps": 1}}
-    )
-    windows = one_epoch(settings.data, 0, "all", START)
-    texts = (piece.text for pieces, _ in windows for piece in pieces if piece.text is not None)
-    tokenizer = Tokenizer.train(texts, vocab_size, settings.tokenizer.algorithm, settings.tokenizer.sample_bytes)
-    tokenizer.save(out)
-    print(f"{out}: {tokenizer.vocab_size} pieces")
-
-
-@tokenizer_app.command("encode", epilog='Example: moelet tokenizer encode runs/first/tokenizer.model "some text"')
-def encode_text(
-    model: Annotated[Path, typer.Argument(metavar="MODEL")],
-    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="Default: standard input.")] = None,
-) -> None:
-    """Print the ids of a text."""
-    from moelet.tokenizer import Tokenizer
-
-    print(*Tokenizer.load(model).encode(sys.stdin.read() if text is None else text).tolist())
-
-
-@tokenizer_app.command("decode", epilog="Example: moelet tokenizer decode runs/first/tokenizer.model 17 4 99")
-def decode_ids(
-    model: Annotated[Path, typer.Argument(metavar="MODEL")],
-    ids: Annotated[list[int], typer.Argument(metavar="IDS", min=0, max=2**31 - 1)],
-) -> None:
-    """Print the text of ids."""
-    from moelet.tokenizer import Tokenizer
-
-    print(Tokenizer.load(model).decode(ids))
+    write_json(json_file, carry_out(request, folder, Progress(), began))
 
 
 def _end_quietly_with_the_reader() -> None:
     """End as every Unix tool does when the reader of a pipe goes away, as in `moelet generate ... | head`."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-
-
-def _check_writable(path: Path | None) -> None:
-    """Raise UserError, before any work, for a file that can't be written where it is wanted."""
-    if path is None:
-        return
-    try:
-        with tempfile.TemporaryFile(dir=path.absolute().parent):
-            writable = not path.exists() or (path.is_file() and os.access(path, os.W_OK))
-    except OSError:
-        writable = False
-    if not writable:
-        raise UserError(
-            f"{path} can't be written: it is a folder, or its folder is not there, or one of them can't be changed. "
-            "Give another path."
-        )
-
-
-def _make_folder(path: Path | None) -> None:
-    """Make the folder that results go to. Raises UserError, before any work, where nothing can be written there."""
-    if path is None:
-        return
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(f"{path} can't be a folder for results ({error.strerror}). Give another with --out.") from None
-
-
-def _write_json(path: Path | None, result: Any) -> None:
-    if path is not None:
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

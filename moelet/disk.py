@@ -1,11 +1,16 @@
-"""Files that are whole or not there, whenever the power goes, and how one tells that they are what was written."""
+"""Files that are whole or not there, whenever the power goes, and how one tells that they are what was written;
+and the files and folders that a command's results go to.
+"""
 
 import errno
 import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
+
+from moelet.errors import UserError
 
 # what mounted drives and network folders answer to locks and syncs that they don't have
 NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -58,3 +63,37 @@ def sealed(manifest: dict[str, Any]) -> bytes:
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_writable(path: Path | None) -> None:
+    """Raise UserError, before any work, for a file that can't be written where it is wanted."""
+    if path is None:
+        return
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            writable = not path.exists() or (path.is_file() and os.access(path, os.W_OK))
+    except OSError:
+        writable = False
+    if not writable:
+        raise UserError(
+            f"{path} can't be written: it is a folder, or its folder is not there, or one of them can't be changed. "
+            "Give another path."
+        )
+
+
+def make_folder(path: Path | None) -> None:
+    """Make the folder that results go to. Raises UserError, before any work, where nothing can be written there."""
+    if path is None:
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} can't be a folder for results ({error.strerror}). Give another with --out.") from None
+
+
+def write_json(path: Path | None, result: Any) -> None:
+    """Write a command's results as JSON, where they are wanted."""
+    if path is not None:
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
