@@ -43,7 +43,8 @@ class _Network(ctypes.Structure):
 
 def decodes(s: ModelSettings) -> bool:
     """Return whether the kernel computes networks of this shape: widths that its vectors divide, no added parts."""
-    if s.router != "softmax" or s.shared_expert or s.embed_residual or s.value_residual or s.smear:
+    added = s.shared_expert or s.embed_residual or s.value_residual or s.smear or s.bigram_rows
+    if s.router != "softmax" or added:
         return False
     turned = s.head_width // 2 if s.positions == "rope" else s.head_width
     widths = (s.d_model, s.head_width, turned, s.d_embed or s.d_model, s.expert_width)

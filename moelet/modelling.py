@@ -14,7 +14,8 @@ The law of initialisation. Every matrix and table is normal with mean 0, and:
     mlp.gate, the router                   INIT_STD                     near-uniform routing
     norms                                  1
 
-With `zero_init` o_proj and down_proj are 0: each layer begins as the identity. Learned shares begin as SHARES says.
+With `zero_init` o_proj and down_proj are 0: each layer begins as the identity. Bigrams begin at 0, learned shares as
+SHARES says.
 """
 
 import math
@@ -38,6 +39,7 @@ from moelet.sections import ModelSettings
 INIT_STD = 0.02  # GPT-2's
 NORM_EPS = 1e-6  # as in the Hugging Face models we export to
 SMEAR_WIDTH = 12  # modded-nanogpt's
+HASH = (2_654_435_761, 40_503, 2**31 - 1)  # Knuth's multipliers, The Art of Computer Programming 6.4; a prime
 SHARES = {"value_share": 0.5, "embed_share": 0.0, "smear.share": 0.0}  # at first
 
 
@@ -53,7 +55,7 @@ class KVCache:
         self.max_length = settings.max_length
         self.length = 0
         self.segments: Tensor | None = None  # (B, max_length) int64, once there are any
-        self.last_BD: Tensor | None = None  # the embedding of the last token, where smearing asks for it
+        self._last: dict[str, Tensor] = {}  # what the last token left for the next, by its name
         self._store: dict[int, tuple[Tensor, Tensor]] = {}
 
     def append(self, layer: int, k_BHSC: Tensor, v_BHSC: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,11 +74,11 @@ class KVCache:
         for layer in sorted(self._store):
             yield self._store[layer]
 
-    def note_last(self, x_BSD: Tensor) -> Tensor:
-        """Return the vector before each of `x_BSD`, (B, S, D), and keep the last of all; before the first it is 0."""
-        before_B1D = F.pad(x_BSD[:, :0], (0, 0, 0, 1)) if self.last_BD is None else self.last_BD[:, None]
-        joined = torch.cat((before_B1D, x_BSD), 1)
-        self.last_BD = joined[:, -1]
+    def before(self, name: str, x: Tensor) -> Tensor:
+        """Return what stands before each of `x`, (B, S, ...), before the first 0, and keep the last by this name."""
+        first = x.new_zeros(x.shape[0], 1, *x.shape[2:])
+        joined = torch.cat((self._last.get(name, first), x), 1)
+        self._last[name] = joined[:, -1:]
         return joined[:, :-1]
 
     def note_segments(self, segments_BS: Tensor | None, batch: int, n_new: int, device: torch.device) -> Tensor | None:
@@ -139,9 +141,25 @@ class Smear(nn.Module):
         self.share = nn.Parameter(torch.empty(1))
 
     def forward(self, x_BSD: Tensor, positions_BS: Tensor, cache: KVCache | None) -> Tensor:
-        before_BSD = F.pad(x_BSD, (0, 0, 1, -1)) if cache is None else cache.note_last(x_BSD)
+        before_BSD = F.pad(x_BSD, (0, 0, 1, -1)) if cache is None else cache.before("vector", x_BSD)
         gate_BS1 = self.gate(x_BSD[..., : self.width]).sigmoid() * (positions_BS > 0)[..., None]
         return x_BSD + self.share * gate_BS1 * before_BSD
+
+
+class Bigrams(nn.Module):
+    """A vector for each token with the one before it, (B, S) -> (B, S, D), from a table that pairs share by their hash.
+
+    Within a segment only: its first token's is row 0. Source: modded-nanogpt's "bigram hash embedding".
+    """
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.table = nn.Embedding(settings.bigram_rows, settings.d_model)
+
+    def forward(self, ids_BS: Tensor, positions_BS: Tensor, cache: KVCache | None) -> Tensor:
+        before_BS = F.pad(ids_BS, (1, -1)) if cache is None else cache.before("id", ids_BS)
+        hashed_BS = (before_BS * HASH[0] + ids_BS * HASH[1]) % HASH[2] % (self.table.num_embeddings - 1) + 1
+        return self.table(hashed_BS * (positions_BS > 0))
 
 
 class Place(NamedTuple):
@@ -250,6 +268,7 @@ class GPT(nn.Module):
         vocab_size = settings.vocab_size or vocab_size
         self.settings, self.vocab_size = settings, vocab_size
         self.embed = Embedding(settings, vocab_size)
+        self.bigrams = Bigrams(settings) if settings.bigram_rows else None
         self.smear = Smear(settings) if settings.smear else None
         self.layers = nn.ModuleList(DecoderLayer(settings, layer) for layer in range(settings.n_layers))
         self.norm = nn.RMSNorm(settings.d_model, eps=NORM_EPS)
@@ -279,6 +298,8 @@ class GPT(nn.Module):
             raise ValueError(f"{start + n_new} tokens don't fit the context of {self.settings.max_length}. Cut them.")
         place = self._place(ids_BS, segments_BS, cache)
         embedded_BSD = self.embed(ids_BS, place.positions_BS)
+        if self.bigrams is not None:
+            embedded_BSD = embedded_BSD + self.bigrams(ids_BS, place.positions_BS, cache)
         if self.smear is not None:
             embedded_BSD = self.smear(embedded_BSD, place.positions_BS, cache)
         x_BSD, branch_BSD, first_BSD, router = None, embedded_BSD, None, []
@@ -321,7 +342,7 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith(tuple(SHARES)):
                 parameter.fill_(next(share for ending, share in SHARES.items() if name.endswith(ending)))
-            elif name == "smear.gate.weight":
+            elif name in ("smear.gate.weight", "bigrams.table.weight"):
                 parameter.zero_()
             elif parameter.ndim == 1:
                 parameter.fill_(1.0)

@@ -21,7 +21,7 @@ from moelet.loss import BALANCE
 from moelet.modelling import GPT, NORM_EPS
 from moelet.sections import BalanceSettings, ModelSettings
 
-LACKS = ("selection_bias", "embed_residual", "value_residual", "smear")
+LACKS = ("selection_bias", "embed_residual", "value_residual", "smear", "bigram_rows")
 
 
 class NaiveAttention(nn.Module):

@@ -212,6 +212,7 @@ def hf(workload: Workload, precision: str, family: str, implementation: str) -> 
 NANOGPT_LACKS: dict[str, Any] = {
     "positions": "learned",
     **dict.fromkeys(("qk_norm", "embed_norm", "embed_residual", "value_residual", "smear"), False),
+    "bigram_rows": 0,
 }
 HF_FAMILIES = ("mixtral", "qwen3moe")
 # a few minutes on 2 cores: each peer's steps take longer than ours

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 LENGTHS = ("train_steps", "train_tokens", "time_budget")  # three ways to say how long a run is
 LATER = {  # settings that the first runs' fingerprints don't know
     *("embed_norm", "positions", "rope_theta", "qk_norm", "shared_expert", "selection_bias", "zero_init"),
-    *("embed_residual", "value_residual", "smear", "router_lr", "muon_lr", "z_loss", "bias_rate"),
+    *("embed_residual", "value_residual", "smear", "bigram_rows", "router_lr", "muon_lr", "z_loss", "bias_rate"),
 }
 
 
@@ -58,6 +58,9 @@ class ModelSettings(Section):
     embed_residual: bool = Field(False, description="each layer sees the embedding again, by a learned share")
     value_residual: bool = Field(False, description="mix the first layer's values into the others', by a learned share")
     smear: bool = Field(False, description="mix the token before into each, by a learned gate")
+    bigram_rows: int = Field(
+        0, ge=0, description="of a table with a vector for each pair of tokens, by a hash; 0: none"
+    )
     attention: str = Field("auto", description="a name in attention.ATTENTION, or auto")
     experts: str = Field("auto", description="a name in experts.BACKENDS, or auto")
 
@@ -79,6 +82,8 @@ class ModelSettings(Section):
                 f"top_k is {self.top_k} and n_experts is {self.n_experts}. A token can't use more experts than there "
                 f"are. Set model.top_k to at most {self.n_experts}."
             )
+        if self.bigram_rows == 1:
+            raise ValueError("bigram_rows is 1, and one row is kept for first tokens. Set model.bigram_rows to 0 or 2.")
         if self.positions == "rope" and self.head_width % 2:
             raise ValueError(
                 f"positions is rope and a head is {self.head_width} wide (d_model {self.d_model}, n_heads "

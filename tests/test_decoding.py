@@ -36,6 +36,7 @@ NOT_TAKEN = [
     {"embed_residual": True},
     {"value_residual": True},
     {"smear": True},
+    {"bigram_rows": 50},
 ]
 
 

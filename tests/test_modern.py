@@ -24,7 +24,7 @@ from torch import Tensor
 
 from moelet.kernels import native
 from moelet.loss import linear_cross_entropy
-from moelet.modelling import GPT, NORM_EPS, SHARES
+from moelet.modelling import GPT, HASH, NORM_EPS, SHARES
 from moelet.moe import MoE, Router
 from moelet.sections import ModelSettings
 
@@ -38,6 +38,7 @@ EVERYTHING = {
     "embed_residual": True,
     "value_residual": True,
     "smear": True,
+    "bigram_rows": 40,
 }
 SETTINGS: dict[str, dict[str, object]] = {name: {name: value} for name, value in EVERYTHING.items()}
 SETTINGS |= {"everything": EVERYTHING, "odd heads": {**EVERYTHING, "n_heads": 16, "activation": "swiglu"}}
@@ -99,6 +100,7 @@ def test_every_parameter_and_its_shape() -> None:
     assert shapes == {
         "embed.tokens.weight": (VOCAB, 8),
         "embed.proj.weight": (96, 8),
+        "bigrams.table.weight": (40, 96),
         "smear.gate.weight": (1, 12),
         "smear.share": (1,),
         **{f"layers.{index}.{name}": shape for index in (0, 1) for name, shape in layer.items()},
@@ -200,6 +202,21 @@ def test_smearing_adds_the_token_before() -> None:
     for row, place in ((0, 1), (0, 2), (0, 3), (1, 1), (1, 3)):
         want[row, place] += 0.7 * gate[row, place] * x[row, place - 1]
     torch.testing.assert_close(model.smear(x, positions, None), want)
+
+
+def test_bigrams_add_a_vector_of_the_pair() -> None:
+    model = modern("bigram_rows")
+    assert model.bigrams is not None
+    ids, positions = torch.tensor([[7, 8, 7, 8], [8, 7, 8, 7]]), torch.tensor([[0, 1, 2, 3], [0, 1, 0, 1]])
+    found, table = model.bigrams(ids, positions, None), model.bigrams.table.weight
+    rows = [int(((found[row, place] - table) == 0).all(1).nonzero()) for row, place in ((0, 1), (0, 2), (1, 0), (1, 2))]
+    assert rows[0] != rows[1] and 0 not in rows[:2] and rows[2:] == [0, 0]
+    torch.testing.assert_close(found[0, 1], found[0, 3])
+    torch.testing.assert_close(found[0, 2], found[1, 1])
+    pairs = torch.cartesian_prod(torch.arange(4, VOCAB), torch.arange(4, VOCAB))
+    used = model.bigrams.table.num_embeddings - 1
+    spread = torch.bincount((pairs[:, 0] * HASH[0] + pairs[:, 1] * HASH[1]) % HASH[2] % used, minlength=used)
+    assert spread.max() < 3 * spread.float().mean()
 
 
 # --- what all keep ---

@@ -17,7 +17,7 @@ FORMATS = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 1), (1, 9), (8, 8), (16, 40), (48, 64)]
 # what may stand inside a layer and belong to AdamW, and every part whose matrices are Muon's
 MODERN = {"d_model": 24, "qk_norm": True, "shared_expert": 10, "embed_residual": True, "value_residual": True}
-MODERN |= {"smear": True, "activation": "swiglu", "tie_embeddings": False}
+MODERN |= {"smear": True, "bigram_rows": 50, "activation": "swiglu", "tie_embeddings": False}
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -193,7 +193,8 @@ def test_muon_gets_the_matrices_of_layers_alone(changes: dict[str, object]) -> N
     for group in groups:
         for parameter in group["params"]:
             name = names[parameter]
-            special = {"mlp.gate.weight": 3.0, "embed.tokens.weight": 4.0, "embed.positions.weight": 4.0}
+            special = {"mlp.gate.weight": 3.0, "embed.tokens.weight": 4.0, "embed.positions.weight": 4.0,
+                       "bigrams.table.weight": 4.0}  # fmt: skip
             scale = next((s for ending, s in special.items() if name.endswith(ending)), 20.0 if name in turned else 1.0)
             assert group["lr_scale"] == pytest.approx(scale), name
             kept = name in turned or name in ("embed.proj.weight", "lm_head.weight", "smear.gate.weight")

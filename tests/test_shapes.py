@@ -30,7 +30,7 @@ MODEL = {"D": 21, "R": 9, "H": 3, "C": 7, "F": 6, "E": 5, "K": 4, "V": 37}
 LAYERS, CONTEXT = 8, 32
 MODERN = {
     "d_model": 24, "positions": "rope", "qk_norm": True, "embed_norm": True, "shared_expert": 6, "smear": True,
-    "selection_bias": True, "embed_residual": True, "value_residual": True,
+    "selection_bias": True, "embed_residual": True, "value_residual": True, "bigram_rows": 40,
 }  # fmt: skip
 EVEN = {"D": 24, "C": 8}  # heads that can turn
 FULL = {**MODEL, "B": 2, "S": 13, "T": 26, "N": 104, "L": 13}
