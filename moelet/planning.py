@@ -61,8 +61,8 @@ class Request(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
-        """Whether it says nothing of what the study is; seeds and jobs may change on the way."""
-        return self._replace(seeds=None, jobs=None) == Request()
+        """Whether it says nothing that would make another study; seeds and jobs may change on the way."""
+        return self._replace(seeds=None, jobs=None, plan=None) == Request()
 
 
 def settings_file(request: Request) -> tuple[Request, Path]:
@@ -266,8 +266,10 @@ def begin(request: Request, folder: Path, progress: Progress, clock: Clock) -> P
         clock.spent = plan.spent
         return plan
     if request.plan is not None:
-        if not request._replace(plan=None).is_empty:
-            raise UserError("--plan says what the study is. Leave out the file and the other options, or --plan.")
+        if request != Request(plan=request.plan):
+            raise UserError(
+                "--plan says all of what the study is. Leave out the file and the other options, or --plan."
+            )
         plan = study.read_plan(request.plan)
         return dataclasses.replace(plan, budget=None, spent=0.0)
     return Planner(request, progress, clock).make()
@@ -285,6 +287,8 @@ def read_plan_again(request: Request, folder: Path, progress: Progress) -> Plan:
             )
     if request.seeds is not None:
         plan.seeds = list(range(plan.seeds[0], plan.seeds[0] + request.seeds))
+        plan.notes = [note for note in plan.notes if not note.startswith("seed ")]  # left out, and now wanted
+        plan.budget = None if request.is_empty else plan.budget  # it was for the seeds that there are
     if request.jobs is not None and request.jobs != plan.jobs:
         plan.threads = max(1, plan.threads * plan.jobs // request.jobs)
         plan.jobs = request.jobs

@@ -156,7 +156,10 @@ class Study:
             return
         arm = self.plan.arm(job.arm)
         if problem is not None and not job.sweeps:
-            raise UserError(f"job {job.folder}: {problem}")
+            raise UserError(
+                f"job {job.folder}: {problem} There is no verdict without it: make a new study, with a lower --lr-grid "
+                f"or without {arm.name!r}."
+            )
         if problem is not None:
             arm.sweep.append((job.factor, None))
             self.plan.notes.append(f"{arm.name}, learning rates x {job.factor:g}: {problem}")

@@ -246,6 +246,20 @@ MUTANTS = [
         "                cursor = self._queue.queue[-1][1]\n",
         "tests/test_data.py",
     ),
+    Mutant(
+        "chance worded as a win",
+        "moelet/verdict.py",
+        "certain = half_width is not None and abs(mean) > half_width",
+        "certain = True",
+        "tests/test_verdict.py",
+    ),
+    Mutant(
+        "a study's short run on the schedule of the long one",
+        "moelet/study.py",
+        "    tokens = job_tokens(plan, job)\n    settings",
+        "    tokens = plan.tokens\n    settings",
+        "tests/test_study.py",
+    ),
 ]
 
 
