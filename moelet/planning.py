@@ -174,6 +174,7 @@ class Planner:
             least = study.least_tokens(plan)
             plan.tokens = max(least, min(plan.tokens, study.fit(plan, study.BUDGET_SHARE * self._left())))
             plan.base["train"]["train_tokens"] = plan.tokens
+        plan.notes += filter(None, [study.warmup_note(plan)])
         return plan
 
     def _left(self) -> float:

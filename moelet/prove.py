@@ -194,7 +194,7 @@ def introduce(plan: Plan, folder: Path, progress: Progress) -> None:
         ("tokens", f"{plan.tokens:,}: {plan.tokens / active:.1f} per active parameter or more, {epochs:.2f} epochs"),
         ("horizons", ", ".join(f"{horizon:g}" for horizon in plan.horizons)),
         ("seeds", ", ".join(map(str, plan.seeds))),
-        ("learning rates", f"x {', '.join(f'{x:g}' for x in plan.grid)}, on {study.SWEEP_SHARE:g} of the tokens"),
+        ("learning rates", f"x {', '.join(f'{factor:g}' for factor in plan.grid)}"),
         ("time", f"about {duration(study.study_seconds(plan))} for all jobs"),
     ]
     progress.say(*table("moelet prove", rows), *plan.notes)

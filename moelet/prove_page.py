@@ -158,6 +158,7 @@ def rates_table(findings: Findings) -> str:
 def method_table(findings: Findings) -> str:
     """Return how the study was made."""
     machine, budget = findings["machine"], findings["time_budget"]
+    tried = ", on an eighth of the tokens" if len(findings["lr_grid"]) > 1 else "; no others were tried"
     own = {
         side["name"]: [e["horizons"][-1]["own_seconds"] for e in findings["arms"] if e["name"] == side["name"]]
         for side in findings["sides"]
@@ -169,10 +170,10 @@ def method_table(findings: Findings) -> str:
             "runs",
             f"one with a whole schedule for each of {', '.join(f'{h:g}' for h in findings['horizons'])} of the tokens",
         ),
-        ("learning rates", f"x {', '.join(f'{f:g}' for f in findings['lr_grid'])}, on an eighth of the tokens"),
+        ("learning rates", f"x {', '.join(f'{f:g}' for f in findings['lr_grid'])}{tried}"),
         ("seconds", "tokens over the throughput measured before, all arms in turn"),
         ("longest run's own seconds", ", ".join(f"{n} {sum(v) / len(v):,.0f}" for n, v in own.items())),
-        ("jobs at a time", f"{findings['jobs']}, {findings['threads']} threads each"),
+        ("jobs at a time", f"{findings['jobs']}; threads of each: {findings['threads']}"),
         ("time", duration(findings["seconds"]) + ("" if budget is None else f" of {duration(budget)}")),
         ("machine", f"{machine['name']} ({machine['device']}), {machine['cores']} cores, torch {machine['torch']}"),
     ]

@@ -152,6 +152,15 @@ def warmup(given: int, steps: int, whole: int) -> int:
     return min(given, max(steps // LONGEST_WARMUP, math.ceil(given * steps / whole)))
 
 
+def warmup_note(plan: Plan) -> str | None:
+    """Return which runs of the first arm have a shorter warm-up than its settings say, in words; None: none."""
+    arm, given = plan.arms[0], plan.arms[0].settings["optim"]["warmup_steps"]
+    shares = sorted({SWEEP_SHARE, *plan.horizons} if len(plan.grid) > 1 else plan.horizons)
+    found = {h: job_settings(plan, Job(arm.folder, h, plan.seeds[0], 1.0), {}).optim.warmup_steps for h in shares}
+    short = [f"{steps} in runs of {share:g} of the tokens" for share, steps in found.items() if steps < given]
+    return f"the warm-up of {given} steps ({arm.name}) is shortened: {', '.join(short)}." if short else None
+
+
 def job_tokens(plan: Plan, job: Job) -> int:
     return max(1, round(plan.tokens * job.horizon))
 

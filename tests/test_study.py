@@ -198,6 +198,13 @@ def test_a_warm_up_is_at_most_a_tenth_or_in_proportion(given: int, steps: int, w
     assert study.warmup(given, steps, whole) == expected
 
 
+def test_a_shortened_warm_up_is_said(file: Path) -> None:
+    plan = plan_of(file, tokens=12_800)  # 100 steps
+    assert study.warmup_note(plan) is None
+    plan.arms[0].settings["optim"]["warmup_steps"] = 8
+    assert study.warmup_note(plan) == "the warm-up of 8 steps (moe) is shortened: 5 in runs of 0.5 of the tokens."
+
+
 # learning rates
 
 
