@@ -5,7 +5,6 @@ What a plan holds is `moelet.study`'s, carrying it out `moelet.prove`'s.
 
 import dataclasses
 import math
-import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,7 +27,7 @@ from moelet.arms import (
     varied,
 )
 from moelet.budget import Clock
-from moelet.calibrate import ROUNDS, coincides, equal_time_width, in_turn
+from moelet.calibrate import ROUNDS, UNSTEADY, coincides, equal_time_width, in_turn, steady
 from moelet.console import Progress, duration
 from moelet.errors import UserError
 from moelet.hparams import Hparams, make_hparams, read_hparams
@@ -174,7 +173,7 @@ class Planner:
             least = study.least_tokens(plan)
             plan.tokens = max(least, min(plan.tokens, study.fit(plan, study.BUDGET_SHARE * self._left())))
             plan.base["train"]["train_tokens"] = plan.tokens
-        plan.notes += filter(None, [study.warmup_note(plan)])
+        plan.notes += filter(None, [study.warmup_note(plan), busy_note(plan)])
         return plan
 
     def _left(self) -> float:
@@ -215,8 +214,9 @@ class Planner:
 
     def _measured(self, pool: ProcessPoolExecutor, plan: Plan, rounds: int) -> Plan:
         arms = [make_hparams(arm.settings, f"arm {arm.name!r}") for arm in plan.arms]
-        for arm, rates in zip(plan.arms, pool.submit(in_turn, arms, self.vocab_size, rounds).result(), strict=True):
-            arm.rates, arm.tokens_per_second = rates, statistics.median(rates)
+        rates = pool.submit(in_turn, arms, self.vocab_size, rounds).result()
+        for arm, own, rate in zip(plan.arms, rates, steady(rates), strict=True):
+            arm.rates, arm.tokens_per_second = own, rate
         d_model = plan.base["model"]["d_model"]
         found = ", ".join(f"{arm.name} {arm.tokens_per_second:,.0f}" for arm in plan.arms)
         self.progress.say(f"  width {d_model}, tokens/s: {found}")
@@ -234,6 +234,17 @@ class Planner:
         (arm,) = self._arms(settings)
         arm.lr_factor = plan.arms[0].lr_factor
         plan.arms.append(arm)
+
+
+def busy_note(plan: Plan) -> str | None:
+    """Return what is to be said where an arm's rounds were of very different speed; None: nothing."""
+    worst = max(plan.arms, key=lambda arm: max(arm.rates) / min(arm.rates))
+    if max(worst.rates) / min(worst.rates) <= UNSTEADY:
+        return None
+    return (
+        f"the machine was busy when throughput was measured ({worst.name}: {min(worst.rates):,.0f} to "
+        f"{max(worst.rates):,.0f} tokens/s): what is said of time is uncertain by as much."
+    )
 
 
 def prepare_text(plan: Plan, folder: Path, progress: Progress) -> dict[str, Any]:

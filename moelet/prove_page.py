@@ -31,7 +31,7 @@ def figure(findings: Findings) -> "Figure":
     """Draw bits per byte at the end of each run, against tokens, FLOPs and seconds: mean and range over seeds."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    drawn = new_figure(13, 4.6)
+    drawn = new_figure(13, 4.6 + 0.12 * len(findings["sides"]))
     panels = drawn.subplots(1, 3, sharey=True)
     for axes, (key, label) in zip(panels, AXES, strict=True):
         for k, side in enumerate(findings["sides"]):
@@ -55,7 +55,9 @@ def figure(findings: Findings) -> "Figure":
         axes.tick_params(colors=MUTED, length=0, labelsize=9.5, pad=5)
         axes.set_xlabel(label, color=MUTED)
     panels[0].set_ylabel("held-out bits per byte", color=MUTED)
-    panels[-1].legend(frameon=False, loc="upper right", labelcolor=INK, fontsize=9.5)
+    lines, names = panels[0].get_legend_handles_labels()
+    columns = 2 if max(map(len, names)) > 30 else 4
+    drawn.legend(lines, names, loc="outside lower left", ncols=columns, frameon=False, labelcolor=INK, fontsize=9.5)
     return drawn
 
 
