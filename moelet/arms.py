@@ -81,15 +81,25 @@ def full_width(model: ModelSettings) -> int:
 
 
 def varied(options: Sequence[str]) -> dict[str, list[str]]:
-    """Return the arms of --vary K=A,B options: all combinations, the first of all first, each with its changes."""
-    choices = []
+    """Return the arms of --vary K=A,B options: all combinations, the first of all first, each with its changes.
+
+    Their names leave out settings of one value, and sections where the rest says enough: "optimizer=muon, lr=0.01".
+    """
+    choices: list[list[str]] = []
     for option in options:
         name, equals, text = option.partition("=")
         values = split_values(text)
         if not equals or "" in values:
             raise UserError(f"--vary {option!r} has no setting and values. Write --vary section.key=value,value.")
         choices.append([f"{name}={value}" for value in values])
-    return {", ".join(changes): list(changes) for changes in itertools.product(*choices)}
+    shown = [k for k, changes in enumerate(choices) if len(changes) > 1] or range(len(choices))
+    keys = [choices[k][0].partition("=")[0].rpartition(".")[2] for k in shown]
+    plain = len(set(keys)) == len(keys)
+    found = {}
+    for changes in itertools.product(*choices):
+        parts = [changes[k].partition(".")[2] if plain else changes[k] for k in shown]
+        found[", ".join(parts)] = list(changes)
+    return found
 
 
 def split_values(text: str) -> list[str]:

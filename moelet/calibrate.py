@@ -15,7 +15,8 @@ from moelet.peers import AnyIds, Workload, zipf_batches
 from moelet.sections import ModelSettings
 from moelet.step import build, train_step
 
-ROUNDS = 3
+ROUNDS = 5
+UNSTEADY = 1.25  # between an arm's fastest and slowest round: then a study says that the machine was busy
 TURN_SECONDS = 0.4  # that an arm trains for in a round, or one step if that is longer
 WARM_STEPS = 2  # before the first turn: they allocate, and build kernels
 WITHIN = 0.01  # throughputs that differ by less are taken for equal
@@ -56,6 +57,15 @@ def in_turn(arms: Sequence[Hparams], vocab_size: int, rounds: int) -> list[list[
     steps = [stepper(hparams, vocab_size) for hparams in arms]
     made = [[turn(step) for step in steps] for _ in range(rounds)]
     return [list(rates) for rates in zip(*made, strict=True)]
+
+
+def steady(rates: Sequence[Sequence[float]]) -> list[float]:
+    """Return each arm's tokens a second: the first's median, times the median of the arm's ratios to the first.
+
+    A ratio is of two neighbours in time, so that what slows down a whole round changes nothing.
+    """
+    first, middle = rates[0], statistics.median(rates[0])
+    return [middle * statistics.median(a / b for a, b in zip(arm, first, strict=True)) for arm in rates]
 
 
 def equal_time_width(file: Path, changes: Sequence[str], vocab_size: int) -> int:

@@ -5,7 +5,6 @@ What a plan holds is `moelet.study`'s, carrying it out `moelet.prove`'s.
 
 import dataclasses
 import math
-import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,7 +27,7 @@ from moelet.arms import (
     varied,
 )
 from moelet.budget import Clock
-from moelet.calibrate import ROUNDS, coincides, equal_time_width, in_turn
+from moelet.calibrate import ROUNDS, UNSTEADY, coincides, equal_time_width, in_turn, steady
 from moelet.console import Progress, duration
 from moelet.errors import UserError
 from moelet.hparams import Hparams, make_hparams, read_hparams
@@ -61,8 +60,8 @@ class Request(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
-        """Whether it says nothing of what the study is; seeds and jobs may change on the way."""
-        return self._replace(seeds=None, jobs=None) == Request()
+        """Whether it says nothing that would make another study; seeds and jobs may change on the way."""
+        return self._replace(seeds=None, jobs=None, plan=None) == Request()
 
 
 def settings_file(request: Request) -> tuple[Request, Path]:
@@ -174,6 +173,7 @@ class Planner:
             least = study.least_tokens(plan)
             plan.tokens = max(least, min(plan.tokens, study.fit(plan, study.BUDGET_SHARE * self._left())))
             plan.base["train"]["train_tokens"] = plan.tokens
+        plan.notes += filter(None, [study.warmup_note(plan), busy_note(plan)])
         return plan
 
     def _left(self) -> float:
@@ -214,8 +214,9 @@ class Planner:
 
     def _measured(self, pool: ProcessPoolExecutor, plan: Plan, rounds: int) -> Plan:
         arms = [make_hparams(arm.settings, f"arm {arm.name!r}") for arm in plan.arms]
-        for arm, rates in zip(plan.arms, pool.submit(in_turn, arms, self.vocab_size, rounds).result(), strict=True):
-            arm.rates, arm.tokens_per_second = rates, statistics.median(rates)
+        rates = pool.submit(in_turn, arms, self.vocab_size, rounds).result()
+        for arm, own, rate in zip(plan.arms, rates, steady(rates), strict=True):
+            arm.rates, arm.tokens_per_second = own, rate
         d_model = plan.base["model"]["d_model"]
         found = ", ".join(f"{arm.name} {arm.tokens_per_second:,.0f}" for arm in plan.arms)
         self.progress.say(f"  width {d_model}, tokens/s: {found}")
@@ -233,6 +234,17 @@ class Planner:
         (arm,) = self._arms(settings)
         arm.lr_factor = plan.arms[0].lr_factor
         plan.arms.append(arm)
+
+
+def busy_note(plan: Plan) -> str | None:
+    """Return what is to be said where an arm's rounds were of very different speed; None: nothing."""
+    worst = max(plan.arms, key=lambda arm: max(arm.rates) / min(arm.rates))
+    if max(worst.rates) / min(worst.rates) <= UNSTEADY:
+        return None
+    return (
+        f"the machine was busy when throughput was measured ({worst.name}: {min(worst.rates):,.0f} to "
+        f"{max(worst.rates):,.0f} tokens/s): what is said of time is uncertain by as much."
+    )
 
 
 def prepare_text(plan: Plan, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -266,8 +278,10 @@ def begin(request: Request, folder: Path, progress: Progress, clock: Clock) -> P
         clock.spent = plan.spent
         return plan
     if request.plan is not None:
-        if not request._replace(plan=None).is_empty:
-            raise UserError("--plan says what the study is. Leave out the file and the other options, or --plan.")
+        if request != Request(plan=request.plan):
+            raise UserError(
+                "--plan says all of what the study is. Leave out the file and the other options, or --plan."
+            )
         plan = study.read_plan(request.plan)
         return dataclasses.replace(plan, budget=None, spent=0.0)
     return Planner(request, progress, clock).make()
@@ -285,6 +299,8 @@ def read_plan_again(request: Request, folder: Path, progress: Progress) -> Plan:
             )
     if request.seeds is not None:
         plan.seeds = list(range(plan.seeds[0], plan.seeds[0] + request.seeds))
+        plan.notes = [note for note in plan.notes if not note.startswith("seed ")]  # left out, and now wanted
+        plan.budget = None if request.is_empty else plan.budget  # it was for the seeds that there are
     if request.jobs is not None and request.jobs != plan.jobs:
         plan.threads = max(1, plan.threads * plan.jobs // request.jobs)
         plan.jobs = request.jobs

@@ -156,7 +156,10 @@ class Study:
             return
         arm = self.plan.arm(job.arm)
         if problem is not None and not job.sweeps:
-            raise UserError(f"job {job.folder}: {problem}")
+            raise UserError(
+                f"job {job.folder}: {problem} There is no verdict without it: make a new study, with a lower --lr-grid "
+                f"or without {arm.name!r}."
+            )
         if problem is not None:
             arm.sweep.append((job.factor, None))
             self.plan.notes.append(f"{arm.name}, learning rates x {job.factor:g}: {problem}")
@@ -191,7 +194,7 @@ def introduce(plan: Plan, folder: Path, progress: Progress) -> None:
         ("tokens", f"{plan.tokens:,}: {plan.tokens / active:.1f} per active parameter or more, {epochs:.2f} epochs"),
         ("horizons", ", ".join(f"{horizon:g}" for horizon in plan.horizons)),
         ("seeds", ", ".join(map(str, plan.seeds))),
-        ("learning rates", f"x {', '.join(f'{x:g}' for x in plan.grid)}, on {study.SWEEP_SHARE:g} of the tokens"),
+        ("learning rates", f"x {', '.join(f'{factor:g}' for factor in plan.grid)}"),
         ("time", f"about {duration(study.study_seconds(plan))} for all jobs"),
     ]
     progress.say(*table("moelet prove", rows), *plan.notes)

@@ -31,7 +31,7 @@ def figure(findings: Findings) -> "Figure":
     """Draw bits per byte at the end of each run, against tokens, FLOPs and seconds: mean and range over seeds."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    drawn = new_figure(13, 4.6)
+    drawn = new_figure(13, 4.6 + 0.12 * len(findings["sides"]))
     panels = drawn.subplots(1, 3, sharey=True)
     for axes, (key, label) in zip(panels, AXES, strict=True):
         for k, side in enumerate(findings["sides"]):
@@ -55,7 +55,9 @@ def figure(findings: Findings) -> "Figure":
         axes.tick_params(colors=MUTED, length=0, labelsize=9.5, pad=5)
         axes.set_xlabel(label, color=MUTED)
     panels[0].set_ylabel("held-out bits per byte", color=MUTED)
-    panels[-1].legend(frameon=False, loc="upper right", labelcolor=INK, fontsize=9.5)
+    lines, names = panels[0].get_legend_handles_labels()
+    columns = 2 if max(map(len, names)) > 30 else 4
+    drawn.legend(lines, names, loc="outside lower left", ncols=columns, frameon=False, labelcolor=INK, fontsize=9.5)
     return drawn
 
 
@@ -158,6 +160,7 @@ def rates_table(findings: Findings) -> str:
 def method_table(findings: Findings) -> str:
     """Return how the study was made."""
     machine, budget = findings["machine"], findings["time_budget"]
+    tried = ", on an eighth of the tokens" if len(findings["lr_grid"]) > 1 else "; no others were tried"
     own = {
         side["name"]: [e["horizons"][-1]["own_seconds"] for e in findings["arms"] if e["name"] == side["name"]]
         for side in findings["sides"]
@@ -169,10 +172,10 @@ def method_table(findings: Findings) -> str:
             "runs",
             f"one with a whole schedule for each of {', '.join(f'{h:g}' for h in findings['horizons'])} of the tokens",
         ),
-        ("learning rates", f"x {', '.join(f'{f:g}' for f in findings['lr_grid'])}, on an eighth of the tokens"),
+        ("learning rates", f"x {', '.join(f'{f:g}' for f in findings['lr_grid'])}{tried}"),
         ("seconds", "tokens over the throughput measured before, all arms in turn"),
         ("longest run's own seconds", ", ".join(f"{n} {sum(v) / len(v):,.0f}" for n, v in own.items())),
-        ("jobs at a time", f"{findings['jobs']}, {findings['threads']} threads each"),
+        ("jobs at a time", f"{findings['jobs']}; threads of each: {findings['threads']}"),
         ("time", duration(findings["seconds"]) + ("" if budget is None else f" of {duration(budget)}")),
         ("machine", f"{machine['name']} ({machine['device']}), {machine['cores']} cores, torch {machine['torch']}"),
     ]

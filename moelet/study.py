@@ -25,7 +25,7 @@ EVALUATIONS = 5  # of a job over all tokens; others are evaluated at their end
 LOGGED = 40  # lines that a job writes, about
 CHECKPOINT_SECONDS = 300.0  # of a job between checkpoints
 FORWARD_SHARE = 0.5  # of a training step's time a token, in evaluations, as in moelet.session
-JOB_SECONDS = 2.0  # to start, evaluate first and save, beside training; 1.2 to 2.0 s on 2 cores at width 64
+JOB_SECONDS = 2.0  # to start, to evaluate first, to save; 1.2 s at width 32 on 2 busy cores
 ACTIVE_TOKENS = 20  # per active parameter, at least, where a time budget decides; Hoffmann et al. 2022
 WIDTHS = (32, 64, 96, 128, 192, 256, 384, 512)  # of d_model, that a time budget chooses from
 REPORT_SECONDS = 8.0  # to draw and write, with the imports; 4 s on 2 cores
@@ -150,6 +150,15 @@ def warmup(given: int, steps: int, whole: int) -> int:
     As given where that is at most a tenth of the job, else that tenth, or the share it has of the whole if that's more.
     """
     return min(given, max(steps // LONGEST_WARMUP, math.ceil(given * steps / whole)))
+
+
+def warmup_note(plan: Plan) -> str | None:
+    """Return which runs of the first arm have a shorter warm-up than its settings say, in words; None: none."""
+    arm, given = plan.arms[0], plan.arms[0].settings["optim"]["warmup_steps"]
+    shares = sorted({SWEEP_SHARE, *plan.horizons} if len(plan.grid) > 1 else plan.horizons)
+    found = {h: job_settings(plan, Job(arm.folder, h, plan.seeds[0], 1.0), {}).optim.warmup_steps for h in shares}
+    short = [f"{steps} in runs of {share:g} of the tokens" for share, steps in found.items() if steps < given]
+    return f"the warm-up of {given} steps ({arm.name}) is shortened: {', '.join(short)}." if short else None
 
 
 def job_tokens(plan: Plan, job: Job) -> int:

@@ -259,6 +259,18 @@ MUTANTS = [
         "if alarms or evaluates",
         "if evaluates",
         "tests/test_health.py",
+        "chance worded as a win",
+        "moelet/verdict.py",
+        "certain = half_width is not None and abs(mean) > half_width",
+        "certain = True",
+        "tests/test_verdict.py",
+    ),
+    Mutant(
+        "a study's short run on the schedule of the long one",
+        "moelet/study.py",
+        "    tokens = job_tokens(plan, job)\n    settings",
+        "    tokens = plan.tokens\n    settings",
+        "tests/test_study.py",
     ),
 ]
 

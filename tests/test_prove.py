@@ -194,7 +194,7 @@ def test_interrupted_and_killed_a_plan_gives_the_same_losses(
     assert not (folder / "prove.json").exists()
 
     when_training(folder, kill_workers)
-    assert main(again) == 75
+    assert main(first) == 75  # the line that began it goes on with it, too
     said = capfd.readouterr().err
     assert "the process of job" in said and f"moelet prove --run {folder}" in said
 
@@ -208,8 +208,10 @@ def test_more_seeds_join_those_that_are_there(done: Path, tmp_path: Path) -> Non
     shutil.copytree(done, folder)
     plan = study.read_plan(folder / study.PLAN)
     plan.arms, plan.horizons = plan.arms[:2], [1.0]
+    plan.budget, plan.notes = 1.0, ["seed 2 is left out: the time budget had no room for it."]
     (folder / study.PLAN).write_text(plan.to_json())
     assert main(["prove", "--run", str(folder), "--seeds", "3", "--jobs", "2"]) == 0
+    assert findings(folder)["notes"] == []
     assert {seed for _, seed in bits(folder)} == {0, 1, 2}
     assert bits(folder)["moe", 0] == bits(done)["moe", 0][1:]
 
@@ -335,6 +337,7 @@ def test_seeds_are_left_out_when_the_clock_runs_ahead(done: Path) -> None:
         (["--set", "train.global_batch_size=8", "--set", 'train.batch_size="auto"'], ["auto", "to a number"]),
         (["--time-budget", "1 hour"], ["1 hour", "5h"]),
         (["--plan", "nowhere.json"], ["--plan", "Leave out"]),
+        (["--lr-grid", "nan"], ["--lr-grid is 'nan'"]),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_work(

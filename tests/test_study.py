@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from moelet import arms, study
+from moelet import arms, calibrate, study
 from moelet.errors import UserError
 from moelet.hparams import Hparams, make_hparams, read_hparams
 from moelet.modelling import GPT
@@ -72,9 +72,16 @@ def test_twins_of_a_biased_router_are_plain(tmp_path: Path) -> None:
 
 def test_varied_values_are_crossed_the_first_of_all_first() -> None:
     found = arms.varied(["optim.optimizer=adamw,muon", "optim.betas=[0.9,0.95],[0.8,0.95]"])
-    assert next(iter(found)) == "optim.optimizer=adamw, optim.betas=[0.9,0.95]"
+    assert next(iter(found)) == "optimizer=adamw, betas=[0.9,0.95]"
     assert len(found) == 4
-    assert found["optim.optimizer=muon, optim.betas=[0.8,0.95]"] == ["optim.optimizer=muon", "optim.betas=[0.8,0.95]"]
+    assert found["optimizer=muon, betas=[0.8,0.95]"] == ["optim.optimizer=muon", "optim.betas=[0.8,0.95]"]
+
+
+def test_arms_are_called_by_what_differs() -> None:
+    assert list(arms.varied(["optim.lr=1,2", "model.top_k=2"])) == ["lr=1", "lr=2"]
+    assert list(arms.varied(["a.x=1,2", "b.x=1"])) == ["x=1", "x=2"]
+    assert next(iter(arms.varied(["a.x=1,2", "b.x=1,2"]))) == "a.x=1, b.x=1"
+    assert list(arms.varied(["a.x=1"])) == ["x=1"]
 
 
 def test_named_arms_come_after_the_file_itself() -> None:
@@ -141,6 +148,10 @@ def test_scaling_keeps_proportions(file: Path) -> None:
     assert (model.d_ff, model.expert_width, model.d_embed) == (1024, 128, 64)
 
 
+def test_throughput_is_judged_round_by_round() -> None:
+    assert calibrate.steady([[100.0, 50.0, 10.0], [200.0, 100.0, 20.0], [90.0, 50.0, 9.0]]) == [50.0, 100.0, 45.0]
+
+
 # jobs
 
 
@@ -196,6 +207,13 @@ def test_jobs_have_folders_of_their_own(file: Path) -> None:
 )
 def test_a_warm_up_is_at_most_a_tenth_or_in_proportion(given: int, steps: int, whole: int, expected: int) -> None:
     assert study.warmup(given, steps, whole) == expected
+
+
+def test_a_shortened_warm_up_is_said(file: Path) -> None:
+    plan = plan_of(file, tokens=12_800)  # 100 steps
+    assert study.warmup_note(plan) is None
+    plan.arms[0].settings["optim"]["warmup_steps"] = 8
+    assert study.warmup_note(plan) == "the warm-up of 8 steps (moe) is shortened: 5 in runs of 0.5 of the tokens."
 
 
 # learning rates
