@@ -19,6 +19,7 @@ from moelet.arms import (
     arm_settings,
     folder_names,
     named,
+    rate_shift,
     refuse_unfair,
     scaled,
     size_of,
@@ -164,7 +165,12 @@ class Planner:
                 )
                 left = self._left
                 plan = study.choose_size(lambda width: self._measured(pool, self._draft_of_width(width), 1), left)
-                self.changes += scaled(self.base.model, plan.base["model"]["d_model"])
+                width = plan.base["model"]["d_model"]
+                self.changes += scaled(self.base.model, width)
+                if self.request.grid is None and (shift := rate_shift(self.base.model, width)) != 1:
+                    plan.grid = [factor * shift for factor in plan.grid]
+                    was = self.base.model.d_model
+                    plan.notes.append(f"learning rates are tried around x {shift:g}: the file's are for d_model {was}.")
             if not (self.request.vary or self.request.arms):
                 self._add_equal_time(pool, plan)
             self.progress.say("measuring the throughput of all arms, in turn")
