@@ -19,6 +19,7 @@ from moelet.arms import (
     arm_settings,
     folder_names,
     named,
+    rate_shift,
     refuse_unfair,
     scaled,
     size_of,
@@ -154,8 +155,9 @@ class Planner:
         return options | {"settings": self.base.model_dump(mode="json", exclude={"train": {"run"}})}
 
     def make(self) -> Plan:
-        threads = torch.get_num_threads()
-        with workers(1, threads) as pool:
+        share = max(1, torch.get_num_threads() // (self.request.jobs or 1))
+        with workers(1, share) as pool, workers(1, 1) as single:
+            pools = {share: pool, 1: single}
             if self.request.budget is None:
                 plan = self._draft(self.changes)
             else:
@@ -163,12 +165,17 @@ class Planner:
                     f"choosing a size for {duration(self.request.budget)}: each width is tried for a moment"
                 )
                 left = self._left
-                plan = study.choose_size(lambda width: self._measured(pool, self._draft_of_width(width), 1), left)
-                self.changes += scaled(self.base.model, plan.base["model"]["d_model"])
+                plan = study.choose_size(lambda width: self._measured(pools, self._draft_of_width(width), 1), left)
+                width = plan.base["model"]["d_model"]
+                self.changes += scaled(self.base.model, width)
+                if self.request.grid is None and (shift := rate_shift(self.base.model, width)) != 1:
+                    plan.grid = [factor * shift for factor in plan.grid]
+                    was = self.base.model.d_model
+                    plan.notes.append(f"learning rates are tried around x {shift:g}: the file's are for d_model {was}.")
             if not (self.request.vary or self.request.arms):
-                self._add_equal_time(pool, plan)
+                self._add_equal_time(pools[self._best_threads(pools, plan)], plan)
             self.progress.say("measuring the throughput of all arms, in turn")
-            plan = self._measured(pool, plan, ROUNDS)
+            plan = self._measured(pools, plan, ROUNDS)
         if self.request.budget is not None:
             least = study.least_tokens(plan)
             plan.tokens = max(least, min(plan.tokens, study.fit(plan, study.BUDGET_SHARE * self._left())))
@@ -199,7 +206,7 @@ class Planner:
             seeds=list(range(first, first + (self.request.seeds or DEFAULT_SEEDS))),
             grid=grid,
             jobs=jobs,
-            threads=max(1, torch.get_num_threads() // jobs),
+            threads=1,
             budget=self.request.budget,
         )
         for arm in plan.arms:
@@ -212,14 +219,28 @@ class Planner:
             for folder, (name, hparams) in zip(folder_names(list(settings)), settings.items(), strict=True)
         ]
 
-    def _measured(self, pool: ProcessPoolExecutor, plan: Plan, rounds: int) -> Plan:
+    def _best_threads(self, pools: dict[int, ProcessPoolExecutor], plan: Plan) -> int:
+        """Return with how many threads the first arm trains fastest: all there are for a run, or one.
+
+        Where other work has a core, threads wait for each other at each of a small model's many small loops: at width
+        32 on 2 busy cores, two make 1,130 tokens a second and one 30,000.
+        """
+        if len(pools) == 1:
+            return next(iter(pools))
+        first = [make_hparams(plan.arms[0].settings)]
+        rates = {n: max(*pool.submit(in_turn, first, self.vocab_size, 2).result()[0]) for n, pool in pools.items()}
+        return max(rates, key=rates.__getitem__)
+
+    def _measured(self, pools: dict[int, ProcessPoolExecutor], plan: Plan, rounds: int) -> Plan:
+        plan.threads = self._best_threads(pools, plan)
+        pool = pools[plan.threads]
         arms = [make_hparams(arm.settings, f"arm {arm.name!r}") for arm in plan.arms]
         rates = pool.submit(in_turn, arms, self.vocab_size, rounds).result()
         for arm, own, rate in zip(plan.arms, rates, steady(rates), strict=True):
             arm.rates, arm.tokens_per_second = own, rate
         d_model = plan.base["model"]["d_model"]
         found = ", ".join(f"{arm.name} {arm.tokens_per_second:,.0f}" for arm in plan.arms)
-        self.progress.say(f"  width {d_model}, tokens/s: {found}")
+        self.progress.say(f"  width {d_model}, threads {plan.threads}, tokens/s: {found}")
         return plan
 
     def _add_equal_time(self, pool: ProcessPoolExecutor, plan: Plan) -> None:

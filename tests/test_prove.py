@@ -21,6 +21,7 @@ from moelet.budget import Clock
 from moelet.cli import main
 from moelet.console import Progress
 from moelet.errors import UserError
+from moelet.hparams import make_hparams
 from moelet.planning import Planner, Request
 from moelet.prove import Study
 from moelet.study import Done, Job
@@ -284,6 +285,8 @@ def test_a_budget_chooses_a_size_that_fits_it(file: Path, paced: None) -> None:
     assert study.study_seconds(plan) < study.BUDGET_SHARE * 3600
     assert [arm.name for arm in plan.arms] == ["moe", "dense-active", "dense-total", "dense-equal-time"]
     assert plan.base["train"]["train_tokens"] == plan.tokens
+    shift = planning.rate_shift(make_hparams(json.loads(file.read_text())).model, widths.pop())
+    assert plan.grid == [factor * shift for factor in planning.DEFAULT_GRID]
 
 
 def test_a_twin_of_equal_time_next_to_another_is_left_out_with_a_word(file: Path, paced: None) -> None:

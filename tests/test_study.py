@@ -142,6 +142,11 @@ def test_every_width_of_the_ladder_fits_together(file: Path, width: int) -> None
         assert model.d_embed is not None and model.d_embed <= width
 
 
+@pytest.mark.parametrize(("width", "shift"), [(512, 1), (256, 1), (128, 2), (64, 4), (32, 4)])
+def test_rates_are_tried_higher_where_the_model_is_narrower(width: int, shift: float) -> None:
+    assert arms.rate_shift(hparams(d_model=512).model, width) == shift
+
+
 def test_scaling_keeps_proportions(file: Path) -> None:
     changes = ["model.d_model=512", "model.d_ff=2048", "model.n_experts=8", "model.d_embed=128"]
     model = read_hparams(file, [*changes, *arms.scaled(read_hparams(file, changes).model, 256)]).model
