@@ -19,6 +19,7 @@ from moelet.hparams import Hparams, read_hparams
 from moelet.modelling import GPT
 from moelet.sections import LENGTHS, ModelSettings
 
+TABLES = ("embed.", "bigrams.", "lm_head")  # no active parameters: they grow with the vocabulary
 UNIT = 32  # what kernels need expert widths to be a multiple of
 SAME_TEXT = ("data", "tokenizer")  # sections that are one for all arms
 SAME_RUN = {
@@ -44,7 +45,7 @@ def size_of(settings: ModelSettings, vocab_size: int) -> Size:
     for name, parameter in model.named_parameters():
         total += parameter.numel()
         used = settings.top_k / settings.n_experts if ".mlp.experts." in name else 1.0
-        active += 0 if name.startswith(("embed.", "lm_head")) else parameter.numel() * used
+        active += 0 if name.startswith(TABLES) else parameter.numel() * used
     return Size(total, round(active), model.flops_per_token(settings.max_length))
 
 

@@ -18,7 +18,7 @@ from moelet.precision import choose_dtype
 
 MOMENTUM = 0.95  # Jordan et al. 2024, with Nesterov's look ahead
 # x -> a x + b x^3 + c x^5 on singular values: the best three in a row for those from 0.01 to 1, which end within 0.27
-# of 1; computed by Amsel et al. 2025, algorithm 1. Five learned no more and cost 5/3 (docs/experiments.md, 10)
+# of 1; computed by Amsel et al. 2025, algorithm 1. Five learned no more and cost 5/3 (docs/experiments.md, 12)
 POLYNOMIALS = (
     (8.093368512548258, -23.620430328824273, 17.446151749836247),
     (3.636585554259041, -2.7219267466089088, 0.5365462883273615),
@@ -34,8 +34,8 @@ def orthogonalize(matrices_MIO: Tensor) -> Tensor:
     Computed in the format of the input. All of them in one batched call, because one small product at a time leaves the
     machine idle.
     """
-    norm_M11 = matrices_MIO.float().square().sum((1, 2), keepdim=True).sqrt()
-    x_MIO = matrices_MIO / (norm_M11 * MARGIN + TINY).to(matrices_MIO.dtype)
+    norm_M11 = torch.linalg.vector_norm(matrices_MIO, dim=(1, 2), keepdim=True, dtype=torch.float32)
+    x_MIO = matrices_MIO * (1 / (norm_M11 * MARGIN + TINY)).to(matrices_MIO.dtype)
     for a, b, c in POLYNOMIALS:
         gram_MII = x_MIO @ x_MIO.mT
         poly_MII = torch.baddbmm(gram_MII, gram_MII, gram_MII, beta=b, alpha=c)
@@ -61,22 +61,18 @@ class Muon(torch.optim.Optimizer):
                 (self._turn if group["muon"] else self._adamw)(group, parameters)
 
     def _turn(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        gradients = _gradients(parameters)
-        momenta = [self._state(parameter, "momentum_buffer") for parameter in parameters]
-        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-        updates = torch._foreach_lerp(gradients, momenta, MOMENTUM)
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         dtype = choose_dtype("auto", parameters[0].device)
         dtype = torch.float32 if dtype == torch.float16 else dtype  # its range is too small for the first polynomial
-        for members in _of_one_shape(updates):
-            stack_MIO = torch.cat([_flat(updates[index]).to(dtype) for index in members])
-            turned_MIO = orthogonalize(stack_MIO)
-            sizes = [_flat(updates[index]).shape[0] for index in members]
-            for index, part in zip(members, turned_MIO.split(sizes), strict=True):
-                parameter = parameters[index]
+        for members in _of_one_shape(parameters):
+            sizes = [_flat(parameter).shape[0] for parameter in members]
+            stack_MIO = members[0].new_empty(sum(sizes), *_flat(members[0]).shape[1:], dtype=dtype)
+            for parameter, place, gradient in zip(members, stack_MIO.split(sizes), _gradients(members), strict=True):
+                momentum = self._state(parameter, "momentum_buffer").lerp_(gradient, 1 - MOMENTUM)
+                place.copy_(_flat(gradient.lerp(momentum, MOMENTUM).contiguous()))
+            for parameter, turned in zip(members, orthogonalize(stack_MIO).split(sizes), strict=True):
                 out, into = parameter.shape[-2:]
-                update = (part.mT if out > into else part).reshape(parameter.shape)
-                parameter.add_(update, alpha=-group["lr"] * max(1.0, out / into) ** 0.5)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                _flat(parameter).add_(turned, alpha=-group["lr"] * max(1.0, out / into) ** 0.5)
 
     def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for parameter in parameters:
@@ -111,15 +107,15 @@ def _gradients(parameters: list[Tensor]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def _flat(update: Tensor) -> Tensor:
-    """Return the matrices of a parameter, (M, I, O), lying down: no more rows than columns."""
-    matrices = update.reshape(-1, *update.shape[-2:])
+def _flat(parameter: Tensor) -> Tensor:
+    """Return a view of the matrices of a parameter, (M, I, O), lying down: no more rows than columns."""
+    matrices = parameter.view(-1, *parameter.shape[-2:])
     return matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
 
 
-def _of_one_shape(updates: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Yield the indices of those that can be stacked."""
-    shapes: dict[tuple[int, ...], list[int]] = {}
-    for index, update in enumerate(updates):
-        shapes.setdefault(tuple(sorted(update.shape[-2:])), []).append(index)
+def _of_one_shape(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield those that can be stacked."""
+    shapes: dict[tuple[int, ...], list[Tensor]] = {}
+    for parameter in parameters:
+        shapes.setdefault(tuple(sorted(parameter.shape[-2:])), []).append(parameter)
     yield from shapes.values()
