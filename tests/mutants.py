@@ -259,6 +259,8 @@ MUTANTS = [
         "if alarms or evaluates",
         "if evaluates",
         "tests/test_health.py",
+    ),
+    Mutant(
         "chance worded as a win",
         "moelet/verdict.py",
         "certain = half_width is not None and abs(mean) > half_width",
