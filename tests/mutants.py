@@ -163,8 +163,8 @@ MUTANTS = [
     Mutant(
         "Muon without Nesterov's look ahead",
         "moelet/muon.py",
-        "updates = torch._foreach_lerp(gradients, momenta, MOMENTUM)",
-        "updates = [momentum.clone() for momentum in momenta]",
+        "_flat(gradient.lerp(momentum, MOMENTUM).contiguous())",
+        "_flat(momentum)",
         "tests/test_muon.py",
     ),
     Mutant(
@@ -177,8 +177,8 @@ MUTANTS = [
     Mutant(
         "expert stacks turned as one matrix",
         "moelet/muon.py",
-        "norm_M11 = matrices_MIO.float().square().sum((1, 2), keepdim=True).sqrt()",
-        "norm_M11 = matrices_MIO.float().square().sum().sqrt()",
+        "torch.linalg.vector_norm(matrices_MIO, dim=(1, 2), keepdim=True, dtype=torch.float32)",
+        "torch.linalg.vector_norm(matrices_MIO, dtype=torch.float32)",
         "tests/test_muon.py",
     ),
     Mutant(
