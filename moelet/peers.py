@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moelet.arms import active_width, full_width
 from moelet.data import Batch
 from moelet.errors import UserError, nearest
 from moelet.generate import Sampling, continuations
@@ -90,14 +91,6 @@ def flops(settings: ModelSettings, vocab_size: int) -> int:
 
 def dense(settings: ModelSettings, width: int) -> ModelSettings:
     return changed(settings, n_experts=1, top_k=1, d_ff=width, shared_expert=0, selection_bias=False)
-
-
-def active_width(settings: ModelSettings) -> int:
-    return settings.top_k * settings.expert_width + settings.shared_expert
-
-
-def total_width(settings: ModelSettings) -> int:
-    return settings.d_ff + settings.shared_expert
 
 
 def full_width_gated(settings: ModelSettings) -> ModelSettings:
@@ -233,7 +226,7 @@ Maker = Callable[[Workload, str], Side]
 OWN: dict[str, Maker] = {
     "moelet": lambda w, precision: ours(w, precision, w.hparams.model),
     "dense-active": lambda w, precision: ours(w, precision, dense(w.hparams.model, active_width(w.hparams.model))),
-    "dense-total": lambda w, precision: ours(w, precision, dense(w.hparams.model, total_width(w.hparams.model))),
+    "dense-total": lambda w, precision: ours(w, precision, dense(w.hparams.model, full_width(w.hparams.model))),
 }
 PLAIN: dict[str, Maker] = {"naive-fp32": naive, "naive-bf16": naive, "nanogpt-style": nanogpt}
 

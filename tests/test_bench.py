@@ -14,7 +14,7 @@ from conftest import TINY
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from moelet import bench, bench_page, breakdown, contest, metrics, peers, roofline
+from moelet import arms, bench, bench_page, breakdown, contest, metrics, peers, roofline
 from moelet.cli import main
 from moelet.console import Progress
 from moelet.errors import UserError
@@ -117,7 +117,7 @@ def test_flops_by_hand() -> None:
     attention, head = 4 * 32 * 32 + 32 * 32, 2 * 32 * 16 + 16 * VOCABULARY
     routed = 2 * 2 * 32 * 16 + 32 * 4
     assert peers.flops(settings, VOCABULARY) == 6 * (2 * (attention + routed) + head)
-    active = peers.dense(settings, peers.active_width(settings))
+    active = peers.dense(settings, arms.active_width(settings))
     assert (active.n_experts, active.d_ff) == (1, 32)
     assert peers.flops(active, VOCABULARY) == 6 * (2 * (attention + 2 * 32 * 32) + head)
     assert peers.flops(peers.dense(settings, settings.d_ff), VOCABULARY) == 6 * (2 * (attention + 2 * 32 * 64) + head)
@@ -228,7 +228,7 @@ def test_variants_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_twins_of_a_modern_model_leave_out_what_routes() -> None:
     settings = peers.changed(workload(shared_expert=24).hparams.model, selection_bias=True)
-    active, total = (peers.dense(settings, width(settings)) for width in (peers.active_width, peers.total_width))
+    active, total = (peers.dense(settings, width(settings)) for width in (arms.active_width, arms.full_width))
     assert (active.d_ff, total.d_ff) == (2 * 16 + 24, 4 * 16 + 24)
     assert (active.n_experts, active.shared_expert, active.selection_bias) == (1, 0, False)
     given = workload(smear=True)
