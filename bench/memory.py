@@ -6,10 +6,10 @@ Prints a Markdown table; the counting is that of tests/test_memory.py. From the 
 """
 
 import torch
-from test_memory import GIB, fair_share, peak_of_steps
+from test_memory import GIB, peak_of_steps
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moelet.kernels import sorted_rows
+from moelet.kernels.sorted_rows import fair_shares
 from moelet.loss import linear_cross_entropy
 from moelet.sections import ModelSettings
 
@@ -18,11 +18,9 @@ VOCABULARY = 32_000
 
 
 def main() -> None:
-    # fake tensors have no values to count, so every expert gets its fair share
-    sorted_rows.rows_per_expert = fair_share
     print("| rows of 512 a step | GiB, fp16 | with checkpoint_activations |\n|---|---|---|")
     for rows in ROWS:
-        with FakeTensorMode():
+        with FakeTensorMode(), fair_shares():
             kept, again = (
                 peak_of_steps(ModelSettings(), VOCABULARY, rows, torch.float16, linear_cross_entropy, again)
                 for again in (False, True)

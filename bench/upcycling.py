@@ -11,13 +11,14 @@ import json
 import tempfile
 from pathlib import Path
 
-from moelet import checkpoint, train
+from moelet import train
 from moelet.allocator import keep_freed_memory
-from moelet.checkpoint import HPARAMS, TOKENIZER, load_run_settings
 from moelet.console import Progress
-from moelet.disk import write_file
 from moelet.hparams import Hparams, read_hparams
 from moelet.step import build, snapshot
+from moelet.storage import checkpoint
+from moelet.storage.checkpoint import HPARAMS, TOKENIZER, load_run_settings
+from moelet.storage.disk import write_file
 from moelet.train import identity
 from moelet.upcycle import upcycle
 
