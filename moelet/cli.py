@@ -1,27 +1,31 @@
 """The command line: one subcommand per verb, and how each kind of ending becomes an exit code.
 
-0 done; 1 bug; 2 the command line; 75 temporary, run it again; 78 files or settings that don't fit; 130 and 143
+0 done; 1 bug; 2 the command line; 75 temporary, run it again; 78 files or settings that don't fit; 129, 130 and 143
 interrupted, once training has begun with everything saved. Commands import what they need when they run, so that
 --help is quick.
 """
 
-import errno
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from moelet.disk import check_writable, make_folder, write_json
-from moelet.errors import Interrupted, TemporaryError, UserError
-from moelet.tokenizer_cli import tokenizer_app
+from moelet.commands.export import export_run, import_folder, upcycle_run
+from moelet.commands.foresee import doctor, plan
+from moelet.commands.serve import serve_runs
+from moelet.commands.settings import show_settings
+from moelet.commands.tokenizer import tokenizer_app
+from moelet.errors import DISK, Interrupted, TemporaryError, UserError, printable
+from moelet.storage.disk import check_writable, make_folder, write_json
+from moelet.storage.lock import refuse_held
 
 # typer may bring its own copy of click; its public names lead to the base class of whichever it uses
 ClickException: Any = typer.BadParameter.__mro__[2]
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     help="Pretrain a small Mixture-of-Experts GPT on the hardware you have.",
@@ -30,10 +34,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(tokenizer_app, name="tokenizer", epilog="Example: moelet tokenizer train book.txt --out book.model")
+
+
+@contextmanager
+def _ending_with_the_reader() -> Iterator[None]:
+    """End as every Unix tool does when the reader of a pipe goes away, as in `moelet generate ... | head`."""
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        yield
+        sys.stdout.flush()
+    finally:
+        signal.signal(signal.SIGPIPE, before)
+
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `moelet train` wrote.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results here too.")]
+TextField = Annotated[str | None, typer.Option(help="The field of rows; default: the run's.")]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting; may be repeated.")
 ]
@@ -51,11 +67,16 @@ def train(
         str | None,
         typer.Option(metavar="TIME", help="End within this time from now, such as 5h or 90m, whatever fits."),
     ] = None,
+    track: Annotated[str | None, typer.Option(metavar="NAME", help="Show it in tensorboard, wandb or trackio.")] = None,
     changes: Changes = None,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on although settings or text are no longer the run's.")
+    ] = False,
 ) -> None:
     """Pretrain a model; writes a run folder with checkpoints, metrics, a loss curve and a report."""
     if resume is not None and run is not None:
         raise typer.BadParameter("--run begins a run and --resume goes on with one: give one of them.")
+    refuse_held(resume or run)  # in a fraction of the time that torch takes to load
     from moelet import train as training
     from moelet.allocator import keep_freed_memory
     from moelet.budget import parse_duration
@@ -64,9 +85,11 @@ def train(
 
     seconds = None if time_budget is None else parse_duration(time_budget)
     keep_freed_memory()
-    progress, changes, began = Progress(), changes or [], time.monotonic()
+    progress, began = Progress(), time.monotonic()
+    changes = [*(changes or []), *([] if track is None else [f"train.track={track}"])]
     if resume is not None and (file is None or training.is_run(resume)):
-        _train_and_report(resume, progress, lambda: training.resume(resume, changes, progress, began, file, seconds))
+        given = (changes, progress, began, file, seconds, accept_changes)
+        _train_and_report(resume, progress, lambda: training.resume(resume, *given))
         return
     path = file or Path("hparams.json")
     hparams = read_hparams(path, changes + ([] if seconds is None else [f"train.time_budget={seconds}"]))
@@ -76,7 +99,6 @@ def train(
 
 def _train_and_report(run: Path, progress: Any, work: Any) -> None:
     """Do `work`, and write the pictures of what there is to see, also when it was interrupted."""
-    from moelet.console import printable
     from moelet.metrics import METRICS_FILE
     from moelet.report import read_metrics, write_loss_curve, write_report
 
@@ -135,37 +157,8 @@ def prepare(
     write_json(json_file, {key: made[key] for key in ("items", "bytes", "tokens", "vocab_size")})
 
 
-@app.command(epilog="Example: moelet upcycle runs/dense --run runs/moe --experts 8 --set train.train_steps=500")
-def upcycle(
-    dense: Annotated[Path, typer.Argument(metavar="DENSE_RUN", help="A run folder whose model.n_experts is 1.")],
-    run: Annotated[Path, typer.Option("--run", metavar="DIR", help="The new run's folder.")],
-    experts: Annotated[int, typer.Option(help="Copies of each dense layer.")] = 8,
-    top_k: Annotated[int, typer.Option(help="Experts that each token uses.")] = 2,
-    noise: Annotated[float, typer.Option(help="Added to each copy, relative to its matrix's spread.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the routers and the noise.")] = 0,
-    continue_data: Annotated[
-        bool, typer.Option("--continue-data", help="Read on where the dense run stood, not from the start.")
-    ] = False,
-    changes: Changes = None,
-) -> None:
-    """Make a Mixture of Experts of a dense run: a new run that starts at its loss."""
-    from moelet.console import table
-    from moelet.upcycle import upcycle as make
-
-    made = make(dense, run, experts, top_k, noise, seed, changes or [], continue_data)
-    steps = made.hparams.total_steps
-    rows = [
-        ("weights", f"those of {dense} at step {made.step}, each dense layer {experts} times; noise {noise:g}"),
-        ("parameters", f"{made.parameters / 1e6:.1f}M, of which a token uses {top_k} of {experts} experts; the dense "
-         f"model's {made.dense_parameters / 1e6:.1f}M"),
-        ("text", "from where the dense run stood" if continue_data else "from its start; --continue-data reads on"),
-        ("length", "a time budget" if steps is None else f"{steps:,} steps, with a schedule and optimizer of its own"),
-    ]  # fmt: skip
-    print("\n".join(table(str(run), rows)))
-    print(f"train   python -m moelet train --resume {run}")
-
-
 @app.command(epilog='Example: moelet generate runs/first --prompt "def main(" --temperature 0.7 --top-k 40')
+@_ending_with_the_reader()
 def generate(
     run: RunFolder,
     prompt: Annotated[list[str], typer.Option("--prompt", metavar="TEXT", help="Several make a batch.")],
@@ -177,12 +170,10 @@ def generate(
     json_file: JsonFile = None,
 ) -> None:
     """Continue a text, streamed as it is made; stops at the end of the document."""
-    from moelet.checkpoint import load
-    from moelet.console import printable
     from moelet.generate import Sampling, complete, stream_text
     from moelet.precision import choose_device
+    from moelet.storage.checkpoint import load
 
-    _end_quietly_with_the_reader()
     check_writable(json_file)
     sampling = Sampling(temperature, top_k, top_p, seed)
     sampling.check()
@@ -205,6 +196,7 @@ def generate(
 
 
 @app.command(epilog="Example: moelet evaluate runs/first --data 'other/*.txt' --json result.json")
+@_ending_with_the_reader()
 def evaluate(
     run: RunFolder,
     data: Annotated[
@@ -213,40 +205,78 @@ def evaluate(
     tokens: Annotated[
         int | None, typer.Option(min=1, help="About how many, in whole pieces of text; default: all of SRC.")
     ] = None,
-    text_field: Annotated[str | None, typer.Option(help="The field of rows; default: the run's.")] = None,
+    text_field: TextField = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Score these too: .jsonl files, names of lm-eval's tasks.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions of each task.")] = None,
+    delimiter: Annotated[str, typer.Option(help="Between question and answer, in files; lm-eval's is a space.")] = " ",
     json_file: JsonFile = None,
 ) -> None:
-    """Measure loss, perplexity, bits per byte and expert load on held-out text, or on any other."""
+    """Measure loss, perplexity, bits per byte and expert load on held-out text, or on any other; and score tasks."""
     from moelet import evaluate as evaluation
-    from moelet.checkpoint import load, load_run_settings
-    from moelet.console import table
+    from moelet.console import Progress, table
     from moelet.data import read_validation
-    from moelet.hparams import make_hparams
+    from moelet.harness import Subject, examine, told
+    from moelet.hparams import with_text
     from moelet.precision import choose_device, choose_dtype
+    from moelet.storage.checkpoint import load, load_run_settings
 
-    _end_quietly_with_the_reader()
     check_writable(json_file)
     hparams, _ = load_run_settings(run)
     if data is not None:
-        changed = hparams.model_dump(mode="json")
-        changed["data"] |= {"source": "embedded"} if data == "embedded" else {"source": "files", "files": data}
-        changed["data"] |= {"text_field": text_field or hparams.data.text_field}
-        hparams = make_hparams(changed, str(run))
+        hparams = with_text(hparams, data, text_field, str(run))
     device = choose_device(hparams.train.device)
     model, tokenizer, _, step = load(run, device)
-    limit = tokens or (hparams.train.eval_tokens if data is None else None)
+    dtype, scored = choose_dtype(hparams.train.precision, device), {}
+    if tasks is not None:
+        with Progress() as progress:
+            subject = Subject(model, tokenizer, hparams.batch_size, dtype)
+            scored = {"tasks": examine(subject, tasks, delimiter, limit, progress)}
+    most = tokens or (hparams.train.eval_tokens if data is None else None)
     split = "validation" if data is None else "all"
-    text = read_validation(hparams.data, tokenizer, hparams.model.max_length, hparams.batch_size, limit, split)
-    result = evaluation.evaluate(model, text, choose_dtype(hparams.train.precision, device))
+    text = read_validation(hparams.data, tokenizer, hparams.model.max_length, hparams.batch_size, most, split)
+    result = evaluation.evaluate(model, text, dtype)
     rows = [
         ("loss", f"{result.loss:.4f} nats per token"),
         ("perplexity", f"{result.perplexity:.2f}"),
         ("bits per byte", f"{result.bits_per_byte:.4f} (gzip -9: {text.gzip_bits_per_byte:.4f})"),
         ("text", f"{result.tokens:,} tokens, {result.bytes:,} bytes"),
         *((f"experts {i}", " ".join(f"{load:.2f}" for load in layer)) for i, layer in enumerate(result.expert_load)),
+        *((Path(name).stem, told(figures)) for name, figures in scored.get("tasks", {}).items()),
     ]
     print("\n".join(table(f"{run} at step {step}", rows)))
-    write_json(json_file, result._asdict())
+    write_json(json_file, result._asdict() | scored)
+
+
+@app.command(epilog="Example: moelet inspect runs/first --data src/ --data 'books/*.txt' --out experts.html")
+def inspect(
+    run: RunFolder,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SRC", help="As for evaluate; several are compared; default: held-out text."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Of each text, about.")] = 65_536,
+    ablation_tokens: Annotated[
+        int, typer.Option(min=0, help="Of each text, read again without each expert in turn; 0: leave that out.")
+    ] = 4096,
+    text_field: TextField = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE.html", help="Default: RUN/inspect.html.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Show what the experts do: load, which tokens go where, how far apart texts are, what each is worth."""
+    from moelet.console import Progress
+    from moelet.inspection import figures as inspection
+    from moelet.inspection import page as inspection_page
+
+    path = out or run / "inspect.html"
+    check_writable(json_file)
+    check_writable(path if run.is_dir() else out)  # what isn't a run is told as that
+    with Progress() as progress:
+        found = inspection.inspect(run, data or (), text_field, tokens, ablation_tokens, progress)
+    print("\n".join([f"{run} at step {found['step']}", *(f"  {sentence}" for sentence in found["sentences"])]))
+    print(f"see   {inspection_page.write(found, path)}")
+    write_json(json_file, found)
 
 
 @app.command(epilog="Example: moelet bench --variants naive-bf16,hf-mixtral-eager --rounds 3 --json bench.json")
@@ -267,9 +297,9 @@ def bench(
     json_file: JsonFile = None,
 ) -> None:
     """Measure training and decoding against dense twins, plain code, transformers and the machine's own limits."""
-    from moelet import bench as benchmark
-    from moelet import bench_page
     from moelet.console import Progress
+    from moelet.speed import bench as benchmark
+    from moelet.speed import page as bench_page
 
     check_writable(json_file)
     workload = benchmark.workload_of(file, batch_size)
@@ -285,7 +315,7 @@ def bench(
 
 @app.command(epilog="Example: moelet prove hparams.json --time-budget 60m --run runs/does-it-pay")
 def prove(
-    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The settings; default: hparams.json.")] = None,
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Default: recipes/modern-cpu.json.")] = None,
     run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="The study's folder, new or not.")] = None,
     time_budget: Annotated[str | None, typer.Option(metavar="TIME", help="Choose a size that ends in it: 60m.")] = None,
     vary: Annotated[list[str] | None, typer.Option(metavar="K=A,B", help="Compare values; crossed.")] = None,
@@ -293,7 +323,7 @@ def prove(
     seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each arm; default: 3.")] = None,
     lr_grid: Annotated[str | None, typer.Option(metavar="X,Y", help="On learning rates; default: 0.5,1,2.")] = None,
     horizons: Annotated[str | None, typer.Option(metavar="X,Y", help="Of the tokens; default: 0.25,0.5,1.")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time, sharing the threads; default: 1.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: what is fastest.")] = None,
     plan: Annotated[Path | None, typer.Option(metavar="PLAN", help="Make the study of a plan.json anew.")] = None,
     changes: Changes = None,
     json_file: JsonFile = None,
@@ -301,8 +331,8 @@ def prove(
     """Find out whether a mixture of experts pays, or what changes to the settings do."""
     from moelet.budget import parse_duration
     from moelet.console import Progress
-    from moelet.planning import Request, numbers
-    from moelet.prove import prove as carry_out
+    from moelet.study.planning import Request, numbers
+    from moelet.study.prove import prove as carry_out
 
     check_writable(json_file)
     began = time.monotonic()
@@ -313,9 +343,14 @@ def prove(
     write_json(json_file, carry_out(request, folder, Progress(), began))
 
 
-def _end_quietly_with_the_reader() -> None:
-    """End as every Unix tool does when the reader of a pipe goes away, as in `moelet generate ... | head`."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+app.command("serve", epilog="Example: moelet serve runs/first runs/second")(serve_runs)
+app.command("export", epilog="Example: moelet export runs/first --to hf --out first-hf")(export_run)
+app.command("import", epilog="Example: moelet import first-hf --run runs/again --set optim.lr=0.0003")(import_folder)
+app.command("upcycle", epilog="Example: moelet upcycle runs/dense --run runs/moe")(upcycle_run)
+app.command("plan", epilog="Example: moelet plan recipes/modern-t4.json --gpus T4 --hours 5 --out my.json")(plan)
+app.command("doctor", epilog="Example: moelet doctor recipes/modern-t4.json --json findings.json")(doctor)
+app.command("settings", epilog="Example: moelet settings optim.lr")(show_settings)
+app.add_typer(tokenizer_app, name="tokenizer", epilog="Example: moelet tokenizer train book.txt --out book.model")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -329,11 +364,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except (UserError, TemporaryError, Interrupted) as error:
-        print(f"moelet: {error}", file=sys.stderr)
+        print(f"moelet: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
+    except (MemoryError, RuntimeError) as error:
+        from moelet.memory import told
+
+        print(f"moelet: {told(error)}", file=sys.stderr)
+        return UserError.exit_code
     except OSError as error:
-        if error.errno in DISK_FULL:
-            print(f"moelet: the disk is full ({error}). Make room and run the same command again.", file=sys.stderr)
+        if error.errno in DISK:
+            print(f"moelet: the disk {DISK[error.errno]} ({error}). Then run the same command again.", file=sys.stderr)
             return TemporaryError.exit_code
         if error.filename is None:
             raise

@@ -1,14 +1,16 @@
 """What a person sees while a run goes on: one progress line, in a terminal, a pipe or a notebook."""
 
 import time
-import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
+
+from moelet.errors import printable
 
 PLAIN_SECONDS = 5.0  # a pipe or a notebook gets a line at most this often; a terminal redraws one line in place
 
@@ -31,7 +33,8 @@ def progress_line(row: dict[str, Any], total_steps: int | None, seconds_left: fl
         f"{row['tokens_per_second']:,.0f} tok/s",
         *([] if seconds_left is None else [f"{duration(max(0.0, seconds_left))} left"]),
         *([f"experts {min(loads):.2f}-{max(loads):.2f}"] if loads else []),
-        *([f"scale {row['loss_scale']:g}, {row['skipped_steps']} skipped"] if row.get("skipped_steps") else []),
+        *([f"scale {row['loss_scale']:g}"] if row.get("skipped_steps") and "loss_scale" in row else []),
+        *([f"{row['skipped_steps']} skipped"] if row.get("skipped_steps") else []),
         f"{row['memory_mb']:,.0f} MB",
     ]
     return " | ".join(parts)
@@ -53,12 +56,14 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._live is not None:
-            self._live.stop()
+            with suppress(OSError):
+                self._live.stop()
 
     def say(self, *lines: str) -> None:
-        """Print lines that stay."""
+        """Print lines that stay. Training goes on where nobody takes them: on a full disk, in a closed terminal."""
         for line in lines:
-            self._console.print(Text(line))
+            with suppress(OSError):
+                self._console.print(Text(printable(line)))
 
     def show(self, line: str, lasting: bool) -> None:
         """Show the progress line; `lasting` ones stay on the screen and are never left out."""
@@ -67,12 +72,8 @@ class Progress:
             self._shown = now
             self.say(line)
         elif self._live is not None:
-            self._live.update(Text(line), refresh=True)
-
-
-def printable(text: str) -> str:
-    """Return text that can't drive a terminal: control characters but newline and tab are shown as U+FFFD."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\N{REPLACEMENT CHARACTER}" for c in text)
+            with suppress(OSError):
+                self._live.update(Text(line), refresh=True)
 
 
 def table(title: str, rows: Sequence[tuple[str, str]]) -> list[str]:

@@ -5,36 +5,34 @@ that is a function of (seed, epoch, window). So a cursor is plain data: where th
 and how many of the window's rows are used up. Nothing is buffered that a cursor would have to carry.
 
     {"epoch", "window", "source": the source's cursor at the window's start, "row",
-     "counts": what was read before this window, by reason, "read": the same with this window,
+     "counts": what was read before this window, by reason, "read": the same with this window, "places": of what is
+     of no use, as moelet.text.tally has it,
      "positions", "padding": of all rows so far}
 """
 
 import gzip
 import hashlib
 import itertools
-import queue
-import threading
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
-from typing import Any, Generic, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moelet.documents import Cursor, Document, Items, Prepared, Skipped
 from moelet.errors import UserError, pick
 from moelet.loss import IGNORE
 from moelet.sections import DataSettings
-from moelet.sources import SOURCES, mix_shares
+from moelet.text.documents import Cursor, Document, Items, Prepared, Skipped
+from moelet.text.prefetch import Prefetch
+from moelet.text.pulse import beat
+from moelet.text.sources import SOURCES, mix_shares
+from moelet.text.tally import CUT, DOCUMENTS, MIX, Tally, skipped_of
 from moelet.tokenizer import Tokenizer
 
 PREFETCH_BATCHES, PREFETCH_WINDOWS = 4, 1
-POLL_SECONDS, LEAVE_SECONDS = 0.1, 2.0  # to see a signal while waiting for data; to wait for the thread at the end
+ENCODED = 256  # pieces between two signs of life: 2 MB of text, half a second
 VALIDATION_WINDOW = 64  # held-out pieces read at once: at 2% held out, 64 take 26 MB of text to find
-T = TypeVar("T")
 START: Cursor = {
     "epoch": 0,
     "window": 0,
@@ -42,6 +40,7 @@ START: Cursor = {
     "row": 0,
     "counts": {},
     "read": {},
+    "places": {},
     "positions": 0,
     "padding": 0,
 }
@@ -135,12 +134,14 @@ def one_epoch(settings: DataSettings, seed: int, split: str, at: Cursor) -> Iter
     source = pick(SOURCES, settings.source, "data.source")
     items = source.documents(settings, seed, at["epoch"], at["source"])
     while True:
-        counts: Counter[str] = Counter(at["counts"])
-        pieces, after = _read_window(items, settings, keep, counts)
+        tally = Tally(at)
+        pieces, after = _read_window(items, settings, keep, tally)
+        if split != "all":  # which is somebody's text to be measured, not to be trained on
+            tally.require_mostly_good(settings.bad_rows, at["epoch"] + 1)
         order = np.random.default_rng([seed, at["epoch"], at["window"]]).permutation(len(pieces))
         if pieces:
-            yield [pieces[i] for i in order], {**at, "read": dict(counts)}
-        fresh = {"row": 0, "counts": dict(counts), "read": dict(counts)}
+            yield [pieces[i] for i in order], {**at, "read": dict(tally.counts), "places": tally.places}
+        fresh = {"row": 0, "counts": dict(tally.counts), "read": dict(tally.counts), "places": tally.places}
         if after is None:
             yield [], {**at, **fresh, "epoch": at["epoch"] + 1, "window": 0, "source": None}
             return
@@ -151,20 +152,21 @@ def _read_window(
     items: Items,
     settings: DataSettings,
     keep: Callable[[int], bool],
-    counts: Counter[str],
+    tally: Tally,
 ) -> tuple[list[Piece], Cursor | None]:
     """Return pieces of whole documents until the window is full, and the source's cursor then; None at its end."""
-    pieces: list[Piece] = []
+    pieces, counts = list[Piece](), tally.counts
     for item, cursor in items:
+        beat(item.where if isinstance(item, Skipped) else item.name)
         if isinstance(item, Skipped):
-            counts[item.reason] += 1
+            tally.skip(item)
         else:
             whole = pieces_of(item, settings.piece_chars)
-            counts["documents"] += 1 if item.ends else 0
-            counts["cut in pieces"] += 1 if len(whole) > 1 and item.ends else 0
+            counts[DOCUMENTS] += 1 if item.ends else 0
+            counts[CUT] += 1 if len(whole) > 1 and item.ends else 0
             if settings.parts and isinstance(item, Document):
-                counts[f"mix {item.part} documents"] += int(item.ends)
-                counts[f"mix {item.part} characters"] += len(item.text)
+                counts[f"{MIX}{item.part} documents"] += int(item.ends)
+                counts[f"{MIX}{item.part} characters"] += len(item.text)
             pieces += [piece for piece in whole if keep(piece.digest)]
         if len(pieces) >= settings.shuffle_window:
             return pieces, cursor
@@ -172,14 +174,16 @@ def _read_window(
 
 
 def reading_report(settings: DataSettings, cursor: Cursor) -> dict[str, Any]:
-    """Return what was read up to the cursor: documents, those cut, rows skipped by reason, padding, shares of a mix."""
-    counts = dict(cursor["read"])
-    report = {"documents": counts.pop("documents", 0), "documents_cut": counts.pop("cut in pieces", 0)}
+    """Return what was read up to the cursor: documents, those cut, rows skipped by reason and the
+    first of each, padding, shares of a mix."""
+    counts = cursor["read"]
+    report = {"documents": counts.get(DOCUMENTS, 0), "documents_cut": counts.get(CUT, 0)}
     if settings.parts:
         units = ("documents", "characters")
-        read = ([counts.pop(f"mix {k} {unit}", 0) for k in range(len(settings.parts))] for unit in units)
+        read = ([counts.get(f"{MIX}{k} {unit}", 0) for k in range(len(settings.parts))] for unit in units)
         report["mix"] = mix_shares(settings, *read)
-    return {**report, "skipped": counts, "padding": cursor["padding"] / max(1, cursor["positions"])}
+    report |= {"skipped": skipped_of(counts), "skipped_first": cursor.get("places", {})}
+    return {**report, "padding": cursor["padding"] / max(1, cursor["positions"])}
 
 
 def epochs(settings: DataSettings, seed: int, at: Cursor) -> Iterator[tuple[list[Piece], Cursor]]:
@@ -212,12 +216,18 @@ def no_text(split: str, settings: DataSettings, counts: dict[str, int]) -> UserE
 
 def encoded(pieces: list[Piece], tokenizer: Tokenizer) -> list[np.ndarray]:
     """Return the ids of each piece, BOS first, and EOS last where its document ends."""
-    fresh = iter(tokenizer.encode_batch([piece.text for piece in pieces if piece.text is not None]))
+    fresh = _encode(tokenizer, [piece.text for piece in pieces if piece.text is not None])
     bos, eos = (np.array([mark], dtype=np.int32) for mark in (tokenizer.bos_id, tokenizer.eos_id))
     bodies = (next(fresh) if piece.ids is None else piece.ids for piece in pieces)
     return [
         np.concatenate([bos, ids, eos] if piece.ends else [bos, ids]) for piece, ids in zip(pieces, bodies, strict=True)
     ]
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> Iterator[np.ndarray]:
+    for start in range(0, len(texts), ENCODED):
+        yield from tokenizer.encode_batch(texts[start : start + ENCODED])
+        beat()
 
 
 def packed(pieces: list[np.ndarray], length: int) -> np.ndarray:
@@ -339,58 +349,3 @@ def read_validation(
     gzip_bits = 8 * len(gzip.compress(raw, 9)) / max(1, len(raw))
     n_predicted = sum(int((batch.labels != IGNORE).sum()) for batch in groups)
     return Validation(groups, n_predicted, len(raw), gzip_bits)
-
-
-class Prefetch(Generic[T]):
-    """A background thread that keeps a few items ready; the cursor that counts is that of the item handed out.
-
-    Use as a context manager; an error in the thread is raised by the next call of `next`.
-    """
-
-    def __init__(self, items: Iterator[tuple[T, Cursor]], size: int) -> None:
-        self._items, self._stop = items, threading.Event()
-        self._queue: queue.Queue[Any] = queue.Queue(size)
-        self._thread = threading.Thread(target=self._fill, name="moelet-data", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._stop.set()
-        limit = time.monotonic() + LEAVE_SECONDS  # a hub that is away may hold the thread for minutes
-        while self._thread.is_alive() and time.monotonic() < limit:
-            if not self._queue.empty():
-                self._queue.get_nowait()
-            self._thread.join(0.05)
-
-    def __next__(self) -> tuple[T, Cursor]:
-        found = self.wait(lambda: False)
-        assert found is not None
-        return found
-
-    def wait(self, enough: Callable[[], bool]) -> tuple[T, Cursor] | None:
-        """Return the next item, or None as soon as `enough()` while there is none."""
-        while True:
-            try:
-                item = self._queue.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                if enough():
-                    return None
-                continue
-            if isinstance(item, BaseException):
-                raise item
-            found, cursor = item
-            return found, cursor
-
-    def _fill(self) -> None:
-        try:
-            for item in self._items:
-                self._queue.put(item)
-                if self._stop.is_set():
-                    return
-            self._queue.put(StopIteration())
-        except BaseException as error:  # handed over, to be raised where the batch is missed
-            self._queue.put(error)
-        finally:
-            getattr(self._items, "close", lambda: None)()  # ends the threads that it waits for

@@ -1,11 +1,12 @@
 """One new token a row on a CPU, the whole network in one call of C: `kernels/decode.c`.
 
 It computes what `GPT.forward` and `GPT.logits` do with a KV cache, without the time of the hundred small operations
-between the products. Shapes: B batch, V vocabulary.
+between the products. Shapes: B batch, V vocabulary, L layers, K chosen per token.
 """
 
 import ctypes
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +63,14 @@ def decoding_dtype() -> torch.dtype:
     return torch.bfloat16 if cpu_has_bf16() and usable(torch.bfloat16) else torch.float32
 
 
+class Decoded(NamedTuple):
+    """What one new token a row gave."""
+
+    logits_BV: Tensor  # of the tokens that follow, float32
+    ids_LBK: Tensor  # the experts that each layer chose, best first; a dense layer's is 0
+    weights_LBK: Tensor  # float32
+
+
 class Decoder:
     """A model's weights as decoding reads them: matrices in `dtype`, by default that of `decoding_dtype`.
 
@@ -70,7 +79,7 @@ class Decoder:
 
     def __init__(self, model: GPT, dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype or decoding_dtype()
-        self.pieces = model.vocab_size
+        self.pieces, self._route = model.vocab_size, (model.settings.n_layers, model.settings.top_k)
         self._kept: list[Tensor] = []  # what C holds pointers to
         s = model.settings
         rank, hidden = s.d_embed or s.d_model, s.expert_width if s.n_experts > 1 else s.d_ff
@@ -108,17 +117,24 @@ class Decoder:
 
         The cache has been through the model once, holds no padding, and has room.
         """
+        return self.decode(ids_B, cache).logits_BV
+
+    def decode(self, ids_B: Tensor, cache: KVCache) -> Decoded:
+        """Return the logits as `logits` does, and the experts that computed them."""
         assert cache.segments is None and 0 < cache.length < cache.max_length
         for entry, (keys, values) in zip(self._layers, cache.stores(), strict=True):
             entry.keys, entry.values = address(keys), address(values)
         ids_B = ids_B.contiguous()
-        logits_BV = torch.empty(ids_B.shape[0], self.pieces)
-        batch, position = ctypes.c_int64(ids_B.shape[0]), ctypes.c_int64(cache.length)
-        library(self.dtype).decode(
-            ctypes.byref(self._network), address(ids_B), batch, position, address(logits_BV), threads()
+        n_layers, top_k = self._route
+        shape = (n_layers, ids_B.shape[0], top_k)
+        made = Decoded(
+            torch.empty(ids_B.shape[0], self.pieces), torch.empty(shape, dtype=torch.int64), torch.empty(shape)
         )
+        batch, position = ctypes.c_int64(ids_B.shape[0]), ctypes.c_int64(cache.length)
+        network = ctypes.byref(self._network)
+        library(self.dtype).decode(network, address(ids_B), batch, position, *map(address, made), threads())
         cache.length += 1
-        return logits_BV
+        return made
 
 
 def _weight(module: torch.nn.Module | None) -> Tensor | None:

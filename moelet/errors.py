@@ -1,10 +1,17 @@
 """The failures a person can act on, and how each ends the process. Anything else is a bug and shows its traceback."""
 
 import difflib
+import errno
+import unicodedata
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from typing import TypeVar
 
 T = TypeVar("T")
+DISK = {  # what a disk's answers to writing mean, and what to do
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "is full: make room"),
+    **dict.fromkeys((errno.EIO, errno.EROFS), "fails: mend that"),
+}
 
 
 class UserError(ValueError):
@@ -30,6 +37,15 @@ class Interrupted(Exception):
         super().__init__(message)
 
 
+def require(package: str, extra: str) -> None:
+    """Raise UserError, with what to run, where an optional package isn't installed."""
+    if find_spec(package) is None:
+        raise UserError(
+            f"{package} isn't installed, and this needs it. Run pip install {package}, or, for all of it, "
+            f'pip install -e ".[{extra}]".'
+        )
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the closest known name, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
@@ -41,3 +57,12 @@ def pick(table: Mapping[str, T], name: str, setting: str) -> T:
     if name in table:
         return table[name]
     raise UserError(f"{setting} is '{name}'. It must be one of: {', '.join(table)}.{nearest(name, table)}")
+
+
+def printable(text: str) -> str:
+    """Return text that can't drive a terminal: control characters but newline and tab, and what no encoding takes, are
+    shown as U+FFFD."""
+    shown = (
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+    return "".join(shown)

@@ -1,6 +1,7 @@
 """How good a model is on held-out text: loss, perplexity, bits per byte, and where its experts' load lies."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from moelet.metrics import expert_load
 from moelet.modelling import GPT
 from moelet.moe import RouterStats, add_stats
 from moelet.precision import autocast
+from moelet.stopping import never, until
 
 
 class Evaluation(NamedTuple):
@@ -23,13 +25,16 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: GPT, validation: Validation, dtype: torch.dtype) -> Evaluation:
-    """Return the model's measures on all of `validation`; the model is left in the mode it was in."""
+def evaluate(model: GPT, validation: Validation, dtype: torch.dtype, enough: Callable[[], bool] = never) -> Evaluation:
+    """Return the model's measures on all of `validation`; the model is left in the mode it was in.
+
+    Raises StopAsked before the next batch once `enough()`.
+    """
     device, training = model.table.device, model.training
     model.eval()
     nats, tokens = 0.0, 0
     totals: list[RouterStats] = []
-    for batch in validation.batches:
+    for batch in until(enough, validation.batches):
         batch = batch.to(device)
         with autocast(dtype, device):
             output = model(batch.input_ids, batch.segments)

@@ -23,15 +23,15 @@ import numpy as np
 import torch
 
 from moelet.allocator import bound_product_caches, keep_freed_memory
-from moelet.checkpoint import serialised
 from moelet.console import Progress
 from moelet.data import PREFETCH_WINDOWS, START, Batch, collate, windows_of_rows
 from moelet.errors import UserError
 from moelet.hparams import Hparams, make_hparams
-from moelet.memory import free_memory
+from moelet.memory import free_memory, is_shortage
 from moelet.metrics import peak_memory_mb
 from moelet.precision import choose_device
 from moelet.step import Training, build, snapshot, train_step
+from moelet.storage.checkpoint import serialised
 from moelet.tokenizer import Tokenizer
 
 GIB, MIB = 2**30, 2**20
@@ -229,10 +229,8 @@ def main() -> None:
             try_steps(training, int(line))
             peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_memory_mb(device) * MIB
             print(peak - before * MIB, flush=True)
-        except (torch.OutOfMemoryError, MemoryError):
-            print(math.inf, flush=True)
-        except RuntimeError as error:
-            if "DefaultCPUAllocator" not in str(error):  # which has no exception of its own
+        except Exception as error:
+            if not is_shortage(error):
                 raise
             print(math.inf, flush=True)
 

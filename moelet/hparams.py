@@ -6,7 +6,8 @@ one. Whether it fits the data or the machine is checked by whoever uses it.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from moelet.errors import UserError, nearest
 from moelet.sections import (
     LENGTHS,
+    MOST_SEQUENCES,
     BalanceSettings,
     DataSettings,
     MixedSource,
@@ -24,9 +26,11 @@ from moelet.sections import (
     TokenizerSettings,
     TrainSettings,
 )
+from moelet.storage.intake import LARGEST_JSON, open_file, open_inside, parse_json
 
 UNION_BRANCHES = ("list[", "str", "constrained", "literal[")  # how pydantic names the parts of `int | str` in a place
 LONGEST_VALUE = 60  # characters of a wrong value that its message shows
+MOST_PROBLEMS = 50  # wrong settings that are explained
 
 
 class Hparams(Section):
@@ -79,29 +83,27 @@ class Hparams(Section):
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise UserError(f"the settings name {', '.join(map(repr, twice))} twice. Keep one of each.")
-    return dict(pairs)
-
-
 def read_hparams(path: str | Path, changes: Sequence[str] = ()) -> Hparams:
     """Return the settings in the JSON file at `path` with `changes` ("section.key=value") made to them.
 
     Raises UserError naming every wrong setting: what it is, what is allowed, what to do.
     """
+    return _read(lambda: open_file(Path(path), LARGEST_JSON), path, changes)
+
+
+def read_hparams_inside(folder: Path, name: str, changes: Sequence[str] = ()) -> Hparams:
+    """Return the settings of a folder, as `read_hparams`, from a file that lies in it."""
+    return _read(lambda: open_inside(folder, name, LARGEST_JSON), folder / name, changes)
+
+
+def _read(opened: Callable[[], BufferedReader], path: str | Path, changes: Sequence[str]) -> Hparams:
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+        with opened() as file:
+            data = parse_json(file.read(), str(path))
     except FileNotFoundError:
         raise UserError(f"there is no settings file {path}. Give the path of one, such as hparams.json.") from None
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}). Give the path of a settings file.") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4300 digits
-        raise UserError(f"{path} is not valid JSON: {error}. Mend the file at that place.") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} holds a {type(data).__name__}. A settings file holds one JSON object of sections.")
     for change in changes:
@@ -114,9 +116,19 @@ def make_hparams(data: dict[str, Any], origin: str = "the settings") -> Hparams:
     try:
         return Hparams.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        lines = list(dict.fromkeys(f"  {_explain(problem)}" for problem in error.errors()))
+        problems = error.errors(include_url=False)
+        lines = list(dict.fromkeys(f"  {_explain(problem)}" for problem in problems[:MOST_PROBLEMS]))
+        lines += [f"  and {more} more"] if (more := len(problems) - MOST_PROBLEMS) > 0 else []
         count = f"{len(lines)} settings don't" if len(lines) > 1 else "a setting doesn't"
         raise UserError("\n".join([f"{origin}: {count} fit.", *lines])) from None
+
+
+def with_text(hparams: Hparams, text: str, text_field: str | None, origin: str) -> Hparams:
+    """Return the settings with other text: `embedded`, or a path, glob or folder. Raises UserError as make_hparams."""
+    changed = hparams.model_dump(mode="json")
+    changed["data"] |= {"source": "embedded"} if text == "embedded" else {"source": "files", "files": text}
+    changed["data"] |= {"text_field": text_field or hparams.data.text_field}
+    return make_hparams(changed, origin)
 
 
 def _apply(data: dict[str, Any], change: str) -> None:
@@ -156,7 +168,7 @@ def _explain(problem: Any) -> str:
     if setting == "data.files":
         need = "a string or a list of strings (on the command line: '[\"2024\"]')"
     if setting == "train.batch_size":
-        need = 'an integer greater than or equal to 1, or "auto"'
+        need = f'an integer from 1 to {MOST_SEQUENCES}, or "auto"'
     given = json.dumps(problem["input"])
     given = given if len(given) <= LONGEST_VALUE else f"{given[:LONGEST_VALUE]}..."
     return f"{setting} is {given}. It must be {need}. Change it{_or_default(location)}."
@@ -170,9 +182,9 @@ def _owner(location: list[str]) -> Any:
 
 
 def _or_default(location: list[str]) -> str:
-    """Return ", or leave it out for the default, 4" for a setting that has one."""
+    """Return ", or leave it out for the default, 2. It means: experts that each token uses" for what has a default."""
     if len(location) < 2:
         return ""
     name = location[3] if "mix" in location[:-1] else location[1]  # ["data", "mix", "0", "weight"]
-    default = _owner(location).model_fields[name].default
-    return f", or leave it out for the default, {json.dumps(default)}"
+    field = _owner(location).model_fields[name]
+    return f", or leave it out for the default, {json.dumps(field.default)}. It means: {field.description}"

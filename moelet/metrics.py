@@ -2,29 +2,44 @@
 
 import json
 import math
+import os
 import re
 import resource
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moelet.disk import sync, write_file
 from moelet.moe import RouterStats
+from moelet.storage.disk import sync, sync_folder, write_file
+from moelet.storage.intake import lines_inside
 
 METRICS_FILE = "metrics.jsonl"
+NO_ROW = (ValueError, TypeError, KeyError, OverflowError, RecursionError)  # of what a crash cut, or somebody changed
 RATE_SIZE = {"cpu": 1024, "cuda": 8192}  # square products large enough to reach the device's own rate
 RATE_SECONDS = 0.3
 
 
-def append_metrics(run: Path, row: dict[str, Any]) -> None:
-    """Append one JSON object as one line; a crash can cut only the last line."""
-    with open(run / METRICS_FILE, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+def metrics_lines(rows: Sequence[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def append_metrics(run: Path, *rows: dict[str, Any]) -> None:
+    """Append JSON objects as a line each; a crash can cut only the last line, and a full disk leaves none of them."""
+    with open(run / METRICS_FILE, "ab") as file:
+        before = file.tell()
+        try:
+            file.write(metrics_lines(rows))
+            file.flush()
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(file.fileno(), before)
+            raise
 
 
 def sync_metrics(run: Path) -> None:
@@ -32,32 +47,41 @@ def sync_metrics(run: Path) -> None:
     if (run / METRICS_FILE).exists():
         with open(run / METRICS_FILE, "rb") as file:
             sync(file.fileno())
+        sync_folder(run)
 
 
 def cut_metrics(run: Path, step: int) -> None:
     """Drop the lines after `step`, and any that a crash cut short, so that a resumed run writes them anew."""
-    path = run / METRICS_FILE
+    path, kept = run / METRICS_FILE, []
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
+    for line in lines_inside(run, METRICS_FILE):
+        with suppress(*NO_ROW):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, TypeError, KeyError):
-            continue
     write_file(path, "".join(kept).encode())
+
+
+def read_rows(run: Path) -> list[dict[str, Any]]:
+    """Return the rows there are; each that a crash cut short is left out."""
+    rows = []
+    for line in lines_inside(run, METRICS_FILE):
+        with suppress(*NO_ROW):
+            row = json.loads(line)
+            if isinstance(row, dict) and "step" in row:
+                rows.append(row)
+    return rows
 
 
 def last_elapsed(run: Path) -> float:
     """Return the `elapsed` of the last whole line, 0 where there is none."""
-    path = run / METRICS_FILE
-    for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []):
-        try:
-            return float(json.loads(line)["elapsed"])
-        except (ValueError, TypeError, KeyError):
-            continue
-    return 0.0
+    last = 0.0
+    for line in lines_inside(run, METRICS_FILE):
+        if '"elapsed"' in line:
+            with suppress(*NO_ROW):
+                elapsed = float(json.loads(line)["elapsed"])
+                last = elapsed if 0 <= elapsed < math.inf else last
+    return last
 
 
 def expert_load(stats: Sequence[RouterStats]) -> Tensor:

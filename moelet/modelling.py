@@ -21,11 +21,12 @@ SHARES says.
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from moelet.attention import causal_attention
@@ -274,9 +275,10 @@ class GPT(nn.Module):
         self.norm = nn.RMSNorm(settings.d_model, eps=NORM_EPS)
         rank = settings.d_embed or settings.d_model
         self.lm_head = None if settings.tie_embeddings else nn.Linear(rank, vocab_size, bias=False)
-        angles = turns(settings.max_length, settings.head_width, settings.rope_theta)
-        self.register_buffer("cos", angles.cos if settings.positions == "rope" else None, persistent=False)
-        self.register_buffer("sin", angles.sin if settings.positions == "rope" else None, persistent=False)
+        rope = settings.positions == "rope"
+        angles = turns(settings.max_length, settings.head_width, settings.rope_theta) if rope else None
+        self.register_buffer("cos", angles and angles.cos, persistent=False)
+        self.register_buffer("sin", angles and angles.sin, persistent=False)
         self.checkpoint_activations = False  # keep what enters a layer alone, and compute the layer again in backward
         self.initialise()
 
@@ -367,3 +369,22 @@ class GPT(nn.Module):
         layer = 4 * s.d_model**2 + length * s.d_model + matrices * s.d_model * used + router
         projections = 2 * s.d_model * rank if s.d_embed else 0
         return 3 * 2 * (s.n_layers * layer + projections + rank * self.vocab_size)
+
+
+class _Unset(TorchFunctionMode):
+    """Leaves new tensors unset: drawing numbers for tensors without any would load torch's compiler, for seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "zero_", "fill_"):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def shapes_of(settings: ModelSettings, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of the network, without taking the memory or the time that its size would."""
+    with torch.device("meta"), _Unset():
+        few = GPT(settings.model_copy(update={"n_layers": min(2, settings.n_layers)}), vocab_size).state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in few.items()}
+    second = {name.removeprefix("layers.1."): shape for name, shape in shapes.items() if name.startswith("layers.1.")}
+    more = range(2, settings.n_layers)  # from the second on, layers are alike
+    return shapes | {f"layers.{layer}.{name}": shape for layer in more for name, shape in second.items()}

@@ -75,6 +75,12 @@ class Router(nn.Module):
         self.top_k, self.normalize = settings.top_k, settings.normalize_top_k
         self.route = pick(ROUTERS, settings.router, "model.router")
 
+    def scores(self, x_TD: Tensor) -> Tensor:
+        """Return every expert's score for each token, (T, E), float32 or better."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            wide = torch.promote_types(x_TD.dtype, torch.float32)
+            return F.linear(x_TD.to(wide), self.weight.to(wide))
+
     def forward(self, x_TD: Tensor, real_T: Tensor | None) -> tuple[Tensor, Tensor, RouterStats]:
         """Return expert ids (T, K), their weights (T, K) and the statistics of the tokens that aren't padding."""
         if self.route is softmax_route and can_route(x_TD, self.weight):
@@ -82,9 +88,8 @@ class Router(nn.Module):
             ids_TK, weights_TK, probability_E, choices_E, squares, (entropy, largest) = chosen
             tokens = choices_E.sum() / self.top_k
             return ids_TK, weights_TK, RouterStats(probability_E, choices_E, tokens, squares, entropy, largest)
+        logits_TE = self.scores(x_TD)
         with torch.autocast(x_TD.device.type, enabled=False):
-            wide = torch.promote_types(x_TD.dtype, torch.float32)
-            logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
             ids_TK, weights_TK, probability_TE = self.route(logits_TE, self.bias, self.top_k, self.normalize)
             return ids_TK, weights_TK, _statistics(logits_TE, ids_TK, probability_TE, real_T)
 

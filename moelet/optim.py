@@ -52,7 +52,7 @@ def muon(model: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
     left = [parameter for parameter in matrices["params"] if id(parameter) not in inside]
     scale = (settings.muon_lr or settings.lr) / settings.lr
     groups = [{**matrices, "params": turned, "lr_scale": scale, "muon": True}, {**matrices, "params": left}, *others]
-    return Muon(groups, settings.lr, settings.betas, ADAM_EPS)
+    return Muon(groups, settings.lr, settings.betas, ADAM_EPS, settings.muon_every)
 
 
 OPTIMIZERS: dict[str, Callable[[nn.Module, OptimSettings], torch.optim.Optimizer]] = {"adamw": adamw, "muon": muon}

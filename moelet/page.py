@@ -1,5 +1,7 @@
 """What the pages and pictures of a run are drawn with: colours, axes, lines, tables. What they show is others' work."""
 
+import base64
+import hashlib
 import html
 import io
 import math
@@ -18,6 +20,7 @@ INK, MUTED, GRID, PAPER, TRAIN, VALID = "#1d2330", "#697386", "#dfe3ea", "#fffff
 # the other colours of that palette that are seen on light and dark alike, for lines beside those two
 SERIES = (TRAIN, VALID, "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 COLORS = {"ink": INK, "muted": MUTED, "grid": GRID, "paper": PAPER, "train": TRAIN, "valid": VALID}
+LOAD_COLORS = ((0.0, 0.447, 0.698), (0.902, 0.451, 0.0))  # below and above the fair share; opacity says how far
 POINTS = 1500  # of a line: more than the pixels it crosses, few enough that a week's run makes a page of 1 MB
 Point = tuple[float, float]  # tokens, value
 
@@ -90,17 +93,30 @@ def as_section(title: str, body: str, note: str = "") -> str:
     return f"<section><h2>{title}</h2>{f'<p>{note}</p>' if note else ''}{body}</section>"
 
 
-def page(kind: str, name: str, subtitle: str, pill: str, sections: Iterable[str]) -> bytes:
-    """Return a whole page; `name` and `subtitle` are plain text, the other parts HTML."""
-    css = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+def page(kind: str, name: str, subtitle: str, pill: str, sections: Iterable[str], with_script: str = "") -> bytes:
+    """Return a whole page; `name` and `subtitle` are plain text, the other parts HTML.
+
+    `with_script` names a .js and a .css file, seen from this folder, for a page that can do something: that script
+    alone runs, by its hash.
+    """
+    css, script, policy = _asset("report.css"), "", ""
+    if with_script:
+        css, code = css + _asset(f"{with_script}.css"), _asset(f"{with_script}.js")
+        digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+        script, policy = f"<script>{code}</script>", f"; script-src 'sha256-{digest}'"
     shown = {"name": html.escape(name), "subtitle": html.escape(subtitle), "pill": pill, "body": "".join(sections)}
-    whole = PAGE.format(css=css, kind=kind, **shown)
+    whole = PAGE.format(css=css, kind=kind, script=script, policy=policy, **shown)
     return whole.encode("utf-8", errors="replace")  # a text can hold half a surrogate pair
+
+
+def _asset(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta http-equiv="Content-Security-Policy"
+content="default-src 'none'; style-src 'unsafe-inline'; img-src data:{policy}">
 <title>{name}: moelet {kind}</title><style>{css}</style></head><body><main>
-<header><h1>{name}</h1><p>{subtitle}</p>{pill}</header>{body}</main></body></html>
+<header><h1>{name}</h1><p>{subtitle}</p>{pill}</header>{body}</main>{script}</body></html>
 """

@@ -11,15 +11,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from moelet import shards
-from moelet.checkpoint import HPARAMS, TOKENIZER, lock
 from moelet.console import Progress
-from moelet.data import VALIDATION_WINDOW, cut, splits
-from moelet.disk import write_file
-from moelet.documents import Cursor, Document, Items, Prepared, PreparedPiece, Skipped
+from moelet.data import START, VALIDATION_WINDOW, cut, splits
 from moelet.errors import UserError, pick
-from moelet.hparams import Hparams, read_hparams
-from moelet.sources import SOURCES
+from moelet.hparams import Hparams, read_hparams_inside
+from moelet.sections import READING
+from moelet.storage.checkpoint import HPARAMS, TOKENIZER
+from moelet.storage.disk import write_file
+from moelet.storage.lock import lock
+from moelet.text import shards
+from moelet.text.documents import Cursor, Document, Items, Prepared, PreparedPiece, Skipped
+from moelet.text.sources import SOURCES
+from moelet.text.tally import DOCUMENTS, Tally
 from moelet.tokenizer import Tokenizer
 from moelet.train import check, make_tokenizer, pinned, with_commits_of
 
@@ -68,7 +71,7 @@ def prepare(hparams: Hparams, folder: Path, tokens: int | None, progress: Progre
         if manifest["complete"]:
             shards.verify(folder)
         else:
-            _encode_all(hparams, Tokenizer.load(folder / TOKENIZER), folder, manifest, progress)
+            _encode_all(hparams, Tokenizer.load_inside(folder, TOKENIZER), folder, manifest, progress)
         ready = hparams.data.model_copy(update={"source": "prepared", "files": [str(folder.absolute())], "mix": None})
         tokenizer = hparams.tokenizer.model_copy(update={"file": None})  # the folder's own, wherever it is moved to
         ready_hparams = hparams.model_copy(update={"data": ready, "tokenizer": tokenizer})
@@ -79,10 +82,10 @@ def prepare(hparams: Hparams, folder: Path, tokens: int | None, progress: Progre
 def _begin(hparams: Hparams, folder: Path, tokens: int | None, progress: Progress) -> tuple[Hparams, dict[str, Any]]:
     """Return the settings, all made explicit, and the manifest to go on from: a new one for a new folder."""
     if (folder / ORIGIN).exists():
-        hparams = with_commits_of(read_hparams(folder / ORIGIN), hparams)
+        hparams = with_commits_of(read_hparams_inside(folder, ORIGIN), hparams)
     hparams = pinned(hparams)
     origin = {
-        "data": hparams.data.model_dump(mode="json", exclude={"files"}),
+        "data": hparams.data.model_dump(mode="json", exclude={"files", *READING}),
         "text": pick(SOURCES, hparams.data.source, "data.source").fingerprint(hparams.data),
         "tokenizer": hparams.tokenizer.model_dump(mode="json", exclude={"file"}),
         "tokens": tokens or (hparams.total_steps and hparams.total_steps * hparams.tokens_per_step),
@@ -144,7 +147,7 @@ def _encode_all(
         state = {split: dataclasses.asdict(found) for split, found in windows.items()}
         writer.flush(cursor=cursor, windows=state, complete=complete)
 
-    began, before = time.monotonic(), manifest["bytes"]
+    tally, began, before = Tally(START), time.monotonic(), manifest["bytes"]
     while not all(found.enough for found in windows.values()):
         try:
             group, after = _encode_group(items, settings.piece_chars, tokenizer)
@@ -158,12 +161,15 @@ def _encode_all(
             manifest["items"] += 1
             manifest["bytes"] += n_bytes
             if isinstance(item, Skipped):
+                tally.skip(item)
                 continue
+            tally.counts[DOCUMENTS] += int(item.ends)
             for split, found in windows.items():
                 kept = [piece for piece in item.pieces if keeps[split](piece.digest)]
                 ends = [item.ends and piece is item.pieces[-1] for piece in kept]
                 found.add([len(piece.ids) + 1 + end for piece, end in zip(kept, ends, strict=True)])
             manifest["tokens"] += sum(len(piece.ids) + 1 for piece in item.pieces) + item.ends
+        tally.require_mostly_good(settings.bad_rows, passes=1)
         cursor = after
         if writer.is_full:
             flush(complete=False)

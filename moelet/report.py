@@ -5,9 +5,11 @@ interrupted or came from another machine, and needs no torch. What the page show
 samples): every text is escaped, and the page's content policy forbids scripts and anything from outside.
 """
 
+import errno
 import html
 import json
 import math
+import os
 import shlex
 import statistics
 from collections.abc import Iterable, Sequence
@@ -16,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moelet.errors import UserError
-from moelet.expert_charts import experts_section
-from moelet.hparams import Hparams, read_hparams
+from moelet.hparams import Hparams, read_hparams_inside
+from moelet.inspection.charts import experts_section
 from moelet.page import (
     INK,
     MUTED,
@@ -35,6 +37,7 @@ from moelet.page import (
     page,
     short,
 )
+from moelet.storage.intake import lines_inside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,14 +80,16 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """
     path = Path(run) / "metrics.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\0\n").split("\n")
+        if not path.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        lines = [line.rstrip("\0") for line in lines_inside(Path(run), path.name)]
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}). A run folder holds it. Give a run folder.") from None
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # ValueError also for a number of more than 4300 digits
             row = None
         if isinstance(row, dict) and math.isfinite(as_number(row.get("step")) + as_number(row.get("tokens"))):
             rows.append(row)
@@ -141,7 +146,7 @@ def _read_run(run: Path) -> _Run:
     rows = read_metrics(path)
     if not rows:
         raise UserError(f"{path / 'metrics.jsonl'} has no logged step. A report needs one. Train first.")
-    return _Run(path, read_hparams(path / "hparams.json"), rows, rows[-1]["tokens"])
+    return _Run(path, read_hparams_inside(path, "hparams.json"), rows, rows[-1]["tokens"])
 
 
 def _loss_figure(run: _Run) -> "Figure":

@@ -11,10 +11,16 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# no model is larger, and past these even its description takes the machine's memory and time
+MOST_LAYERS, MOST_HEADS, MOST_EXPERTS, WIDEST, LONGEST, MOST_ROWS = 2**10, 2**12, 2**14, 2**22, 2**20, 2**26
+MOST_SEQUENCES = 2**20  # of a step
+
+READING = {"reader_patience", "bad_rows"}  # what is done about failures in reading: it changes no text
 LENGTHS = ("train_steps", "train_tokens", "time_budget")  # three ways to say how long a run is
 LATER = {  # settings that the first runs' fingerprints don't know
     *("embed_norm", "positions", "rope_theta", "qk_norm", "shared_expert", "selection_bias", "zero_init"),
-    *("embed_residual", "value_residual", "smear", "bigram_rows", "router_lr", "muon_lr", "z_loss", "bias_rate"),
+    *("embed_residual", "value_residual", "smear", "bigram_rows", "router_lr", "muon_lr", "muon_every"),
+    *("z_loss", "bias_rate"),
 }
 
 
@@ -33,36 +39,50 @@ class Section(BaseModel):
 class ModelSettings(Section):
     """The shape of the network. The defaults are the reference architecture."""
 
-    vocab_size: int | None = Field(None, ge=4, description="rows of the embedding; null: the tokenizer's")
-    max_length: int = Field(512, ge=2, description="context, in tokens")
-    d_model: int = Field(512, ge=1, description="width of the residual stream")
-    d_embed: int | None = Field(128, ge=1, description="width of the token embedding; null: d_model, no projection")
+    vocab_size: int | None = Field(None, ge=4, le=MOST_ROWS, description="rows of the embedding; null: the tokenizer's")
+    max_length: int = Field(512, ge=2, le=LONGEST, description="context, in tokens")
+    d_model: int = Field(512, ge=1, le=WIDEST, description="width of the residual stream")
+    d_embed: int | None = Field(
+        128, ge=1, le=WIDEST, description="width of the token embedding; null: d_model, no projection"
+    )
     embed_scale: float = Field(1.0, gt=0, description="factor on the embedding at the input, not at the tied output")
     embed_norm: bool = Field(False, description="bring each token's vector to unit scale before embed_scale")
-    positions: Literal["learned", "rope"] = Field("learned", description="rope: turn queries and keys instead")
+    positions: Literal["learned", "rope"] = Field(
+        "learned", description="learned: a vector for each place; rope: queries and keys are turned by it"
+    )
     rope_theta: float = Field(10_000.0, gt=1, description="for rope: the slowest turn takes 2 pi theta tokens")
-    n_layers: int = Field(4, ge=1)
-    n_heads: int = Field(8, ge=1, description="must divide d_model")
+    n_layers: int = Field(4, ge=1, le=MOST_LAYERS, description="attention and experts, so many times")
+    n_heads: int = Field(8, ge=1, le=MOST_HEADS, description="attention heads, which share d_model evenly")
     qk_norm: bool = Field(False, description="an RMS norm over each head of queries and keys")
-    d_ff: int = Field(2048, ge=1, description="width of all experts of a layer together; n_experts must divide it")
-    n_experts: int = Field(8, ge=1, description="experts a layer; 1 is a dense feed-forward layer")
+    d_ff: int = Field(
+        2048, ge=1, le=WIDEST, description="width of all experts of a layer together, which share it evenly"
+    )
+    n_experts: int = Field(8, ge=1, le=MOST_EXPERTS, description="experts a layer; 1 is a dense feed-forward layer")
     top_k: int = Field(2, ge=1, description="experts that each token uses")
-    shared_expert: int = Field(0, ge=0, description="width of an expert that every token uses besides; 0: none")
-    router: str = Field("softmax", description="a name in moe.ROUTERS")
+    shared_expert: int = Field(
+        0, ge=0, le=WIDEST, description="width of an expert that every token uses besides; 0: none"
+    )
+    router: str = Field("softmax", description="how scores become a choice of experts and their weights: moe.ROUTERS")
     normalize_top_k: bool = Field(False, description="scale the chosen weights of a token to sum to 1")
     selection_bias: bool = Field(False, description="choose experts by score plus bias, moved by balance.bias_rate")
-    activation: str = Field("silu", description="silu, gelu, relu2 or swiglu (gated)")
-    dropout: float = Field(0.1, ge=0, lt=1, description="on embeddings, attention weights and branch outputs")
+    activation: str = Field(
+        "silu", description="within experts; swiglu has a gate, a third matrix: experts.ACTIVATIONS"
+    )
+    dropout: float = Field(
+        0.1, ge=0, lt=1, description="share dropped of embeddings, attention weights and what branches add"
+    )
     tie_embeddings: bool = Field(True, description="one embedding and projection for input and output")
-    zero_init: bool = Field(False, description="what branches add starts at 0")
+    zero_init: bool = Field(False, description="what attention and experts add to the stream starts at 0")
     embed_residual: bool = Field(False, description="each layer sees the embedding again, by a learned share")
     value_residual: bool = Field(False, description="mix the first layer's values into the others', by a learned share")
     smear: bool = Field(False, description="mix the token before into each, by a learned gate")
     bigram_rows: int = Field(
-        0, ge=0, description="of a table with a vector for each pair of tokens, by a hash; 0: none"
+        0, ge=0, le=MOST_ROWS, description="rows of a table with a vector for each pair of tokens, by a hash; 0: none"
     )
-    attention: str = Field("auto", description="a name in attention.ATTENTION, or auto")
-    experts: str = Field("auto", description="a name in experts.BACKENDS, or auto")
+    attention: str = Field(
+        "auto", description="which code computes it; auto: the fastest that can: attention.ATTENTION"
+    )
+    experts: str = Field("auto", description="which code computes them; auto: the fastest that can: experts.BACKENDS")
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -115,14 +135,16 @@ class ModelSettings(Section):
 class TokenizerSettings(Section):
     file: str | None = Field(None, description="a SentencePiece model; null: train one on the run's own text")
     vocab_size: int = Field(4096, ge=260, description="pieces to train, the 256 bytes and 4 control pieces included")
-    algorithm: Literal["bpe", "unigram"] = Field("bpe", description="bpe is also what llama.cpp carries exactly")
+    algorithm: Literal["bpe", "unigram"] = Field(
+        "bpe", description="how pieces are found; bpe is what llama.cpp carries exactly"
+    )
     sample_bytes: int = Field(10_000_000, ge=1, description="text that the tokenizer is trained on, in bytes")
 
 
 class SourceSettings(Section):
     """Where text comes from. Which of these count depends on `source`."""
 
-    source: str = Field("embedded", description="a name in sources.SOURCES")
+    source: str = Field("embedded", description="which kind of place text comes from: sources.SOURCES")
     files: str | list[str] | None = Field(None, description="for source files: paths, globs or folders of text or rows")
     dataset: str | None = Field(None, description="for source hub: repository or local folder of a dataset")
     name: str | None = Field(None, description="for source hub: the dataset's configuration (not its split)")
@@ -149,12 +171,16 @@ class MixedSource(SourceSettings):
 
 class DataSettings(SourceSettings):
     mix: list[MixedSource] | None = Field(None, description="for source mix: sources, each with its weight")
-    mix_unit: Literal["documents", "characters"] = Field("documents", description="what the weights are shares of")
+    mix_unit: Literal["documents", "characters"] = Field(
+        "documents", description="for source mix: what the weights are shares of"
+    )
     shuffle_window: int = Field(4096, ge=1, description="pieces of text read, and their rows shuffled, together")
-    piece_chars: int = Field(8192, ge=16, description="longer documents are cut: the unit of the held-out split")
+    piece_chars: int = Field(8192, ge=16, description="longest piece of a document; pieces are what is held out")
     packing: bool = Field(True, description="fill every row with documents end to end; false: one padded piece a row")
     mask_documents: bool = Field(False, description="no attention across documents in a packed row; positions restart")
     validation_fraction: float = Field(0.05, gt=0, lt=1, description="share of the text held out, chosen by its hash")
+    bad_rows: float = Field(0.01, ge=0, le=1, description="share of rows of no use at which to stop; not empty ones")
+    reader_patience: float = Field(300.0, gt=0, description="seconds without a sign of life: reading begins anew")
 
     @model_validator(mode="after")
     def _mix_has_sources(self) -> Self:
@@ -185,7 +211,9 @@ class DataSettings(SourceSettings):
 
 
 class OptimSettings(Section):
-    optimizer: str = Field("adamw", description="a name in optim.OPTIMIZERS")
+    optimizer: str = Field(
+        "adamw", description="muon: for the layers' matrices, with adamw for the rest: optim.OPTIMIZERS"
+    )
     lr: float = Field(1e-3, gt=0, description="the highest learning rate, reached when the warm-up ends")
     min_lr: float = Field(1e-4, ge=0, description="the learning rate of the last step")
     embed_lr: float | None = Field(None, gt=0, description="lr of the embedding tables, same schedule; null: lr")
@@ -193,10 +221,11 @@ class OptimSettings(Section):
     muon_lr: float | None = Field(
         None, gt=0, description="for muon: lr of the layers' matrices, same schedule; null: lr"
     )
+    muon_every: int = Field(1, ge=1, description="for muon: steps between two updates of a matrix, each so much larger")
     warmup_steps: int = Field(100, ge=0, description="steps from 0 to lr; may be longer than the run")
-    schedule: str = Field("cosine", description="a name in optim.SCHEDULES")
+    schedule: str = Field("cosine", description="how lr comes down to min_lr after the warm-up: optim.SCHEDULES")
     weight_decay: float = Field(0.1, ge=0, description="on matrices; not on norms, embeddings, routers")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="of Adam, each in [0, 1)")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="how long Adam's two averages remember, each in [0, 1)")
     grad_clip: float | None = Field(1.0, gt=0, description="largest global gradient norm; null: no clipping")
 
     @model_validator(mode="after")
@@ -209,24 +238,29 @@ class OptimSettings(Section):
 
 
 class BalanceSettings(Section):
-    loss: str | None = Field("switch", description="a name in loss.BALANCE; null: none")
+    loss: str | None = Field("switch", description="how uneven loads are made to cost: loss.BALANCE; null: not at all")
     alpha: float = Field(0.01, ge=0, description="weight of the balance loss, averaged over layers")
     z_loss: float = Field(
-        0.0, ge=0, description="weight of the mean squared log-sum of router scores; keeps them small"
+        0.0, ge=0, description="weight of the mean square of log(sum(exp(router scores))), averaged over layers"
     )
     bias_rate: float | None = Field(None, gt=0, description="what a selection bias moves by in a step; null: no bias")
 
 
 class TrainSettings(Section):
     run: str | None = Field(None, description="the run folder; null: runs/<settings file>-<time>")
-    seed: int = Field(0, ge=0, le=2**63 - 1)
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="of initial weights, dropout and the order of the text")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train; auto: on cuda if there")
+    batch_size: Annotated[int, Field(ge=1, le=MOST_SEQUENCES)] | Literal["auto"] = Field(
         8, description='sequences a micro-step; "auto": as many as fit in memory, with the same global_batch_size'
     )
-    gradient_accumulation: int = Field(1, ge=1, description="micro-steps an optimizer step; or set the next")
+    gradient_accumulation: int = Field(
+        1, ge=1, le=MOST_SEQUENCES, description="micro-steps an optimizer step; or set global_batch_size"
+    )
     global_batch_size: int | None = Field(
-        None, ge=1, description="sequences an optimizer step, exactly: its last micro-step takes what is left"
+        None,
+        ge=1,
+        le=MOST_SEQUENCES,
+        description="sequences an optimizer step, exactly: its last micro-step takes the rest",
     )
     memory_limit_gb: float | None = Field(
         None,
@@ -234,16 +268,34 @@ class TrainSettings(Section):
         description='for batch_size "auto": GiB of the card or process; null: nine tenths of what is free',
     )
     checkpoint_activations: bool = Field(False, description="compute each layer again in backward: memory for time")
-    train_steps: int | None = Field(None, ge=1, description="optimizer steps; or set one of the next two")
-    train_tokens: int | None = Field(None, ge=1, description="tokens, rounded up to whole steps")
-    time_budget: float | None = Field(None, gt=0, description="seconds from start to report, of all sessions together")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    train_steps: int | None = Field(
+        None, ge=1, description="length in optimizer steps; or set train_tokens or time_budget"
+    )
+    train_tokens: int | None = Field(None, ge=1, description="length in tokens, rounded up to whole steps")
+    time_budget: float | None = Field(
+        None, gt=0, description="length in seconds from start to report, of all sessions together"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="of products; auto: bf16 where that is faster, else fp16 on CUDA, fp32 on a CPU"
+    )
+    spike_deviations: float | None = Field(
+        None, gt=0, description="a loss so many deviations above the last 128 is a spike, such as 6; null: none is"
+    )
+    bad_step: Literal["stop", "skip", "rewind"] = Field(
+        "stop",
+        description="for a spike, or numbers that aren't finite: stop; pass the batch over; or go back to the newest "
+        "checkpoint too, and on behind that batch",
+    )
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; null: at the end only")
     eval_tokens: int = Field(65_536, ge=1, description="held-out tokens of an evaluation, about")
     log_steps: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     checkpoint_steps: int | None = Field(None, ge=1, description="steps between checkpoints; null: at the end only")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints to keep, besides the best")
+    on_save_failure: Literal["warn", "pause", "stop"] = Field(
+        "warn", description="where a checkpoint can't be written: train on, wait until it can be, or end"
+    )
     sample_prompt: str | None = Field("", description="evaluations continue it with a sample; null: no sample")
+    track: str | None = Field(None, description="where metrics.jsonl is shown, too: trackers.TRACKERS; null: nowhere")
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -252,6 +304,15 @@ class TrainSettings(Section):
             raise ValueError(
                 f"{' and '.join(given) or 'none'} of {', '.join(LENGTHS)} "
                 f"{'are' if given else 'is'} set. Set exactly one; the others are null."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rewinds_to_something(self) -> Self:
+        if self.bad_step == "rewind" and self.checkpoint_steps is None:
+            raise ValueError(
+                "bad_step is rewind and checkpoint_steps is null. A run goes back to a checkpoint. Set "
+                "train.checkpoint_steps, such as 500."
             )
         return self
 

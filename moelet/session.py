@@ -4,26 +4,38 @@ What a run is, and how one begins or goes on, is `moelet.train`'s.
 """
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from moelet import checkpoint
+from moelet import diagnostics
 from moelet.budget import Clock, Pace
 from moelet.console import Progress, progress_line
-from moelet.data import Batch, Prefetch, Validation, reading_report
-from moelet.documents import Cursor
+from moelet.data import Batch, Validation, reading_report
 from moelet.errors import TemporaryError, UserError
-from moelet.evaluate import evaluate
+from moelet.evaluate import Evaluation, evaluate
+from moelet.finite import BadStep, Trouble, require_finite
 from moelet.generate import Sampling, stream_text
 from moelet.health import alarm_lines
 from moelet.loss import bits_per_byte
-from moelet.metrics import append_metrics, peak_memory_mb, sync_metrics
-from moelet.step import StepReport, Training, snapshot, train_step
+from moelet.memory import is_shortage
+from moelet.metrics import METRICS_FILE, append_metrics, cut_metrics, metrics_lines, peak_memory_mb, sync_metrics
+from moelet.shortage import OutOfMemory, free, within_memory
+from moelet.step import StepReport, Training, forget_step, restore, snapshot, train_step
+from moelet.stopping import Asked, StopAsked, until
+from moelet.storage.checkpoint import HPARAMS, TOKENIZER, read
+from moelet.storage.lock import Held
+from moelet.storage.manifest import RUN_ID, checkpoint_steps, newest, retain
+from moelet.storage.saving import Saver
+from moelet.text.documents import Cursor
+from moelet.text.prefetch import Reader
+from moelet.trackers import Tracking
 
 SAMPLE_TOKENS = 200
 FORWARD_SHARE = 0.5  # of a training step's time a token: a third by its FLOPs, and the batches are small
 REPLAN_SHARE = 0.02  # a plan stands unless it is off by more than this share of the steps left
+MAX_REWINDS = 3  # to one checkpoint: it is the weights there, then, and not the text behind it
 
 
 class Session:
@@ -38,41 +50,73 @@ class Session:
         rate: float,
         marks: dict[str, str],
         clock: Clock,
+        tracking: Tracking,
+        held: Held,
+        asked: Asked,
     ) -> None:
+        """When a signal asks to stop, what is half done is left off, and done again at the resume."""
         self.training, self.run, self.progress, self.validation = training, run, progress, validation
-        self.rate, self.marks, self.clock = rate, marks, clock
+        self.rate, self.marks, self.clock, self.tracking = rate, marks, clock, tracking
+        self.held, self.asked = held, asked
+        training.enough = self.enough
+        self.items: list[tuple[Batch, Cursor]] = []  # taken for the step to come
+        self.unwritten: list[dict[str, Any]] = []  # lines of metrics.jsonl that the disk didn't take
+        self.again = f"python -m moelet train --resume {run}"
         self.logged = (training.tokens, training.seconds)  # at the last line of metrics.jsonl
         self.waited = 0.0  # seconds for data, since then
-        self.saved_at = training.step if checkpoint.checkpoint_steps(run) else None
+        self.saved_at = training.step if checkpoint_steps(run) else None
+        self.rewinds: Counter[int] = Counter()  # to the checkpoint of each step
+        self.rows_to_evaluate: int | None = None  # at a time, since memory ran out in that; None: as they come
         hparams = training.hparams
+        self.saver = Saver(run, hparams.train.on_save_failure, self.belongings, progress, self.enough, self.lines)
         budget = hparams.train.time_budget
         evaluation = FORWARD_SHARE * validation.n_tokens / hparams.tokens_per_step
         self.pace = None if budget is None else Pace(clock, budget, evaluation)
 
-    def advance(self, batches: Prefetch[Batch], enough: Callable[[], bool]) -> None:
+    def enough(self) -> bool:
+        return bool(self.asked)
+
+    def belongings(self) -> dict[str, bytes]:
+        """Return the files that make a folder with a checkpoint the run, as they stand."""
+        metrics = b""
+        with suppress(OSError):
+            metrics = (self.run / METRICS_FILE).read_bytes()
+        return {
+            HPARAMS: self.training.hparams.to_json().encode(),
+            TOKENIZER: self.training.tokenizer.model_bytes,
+            RUN_ID: self.training.run_id.encode(),
+            METRICS_FILE: metrics + metrics_lines(self.unwritten),
+        }
+
+    def advance(self, batches: Reader[Batch]) -> None:
         """Make one optimizer step, and log, evaluate and save where that is due.
 
-        Nothing is done when `enough()` while there is no data. What the data's source raises comes through with
-        everything saved.
+        Nothing is done when a signal asks for something while there is no data. What the data's source raises comes
+        through with everything saved. Raises StopAsked in the middle of a step, which is then as if not begun.
         """
         training, settings = self.training, self.training.hparams.train
         micro_steps = len(training.hparams.micro_batches)
         began, before = time.perf_counter(), training.step
-        items: list[tuple[Batch, Cursor]] = []
         try:
-            while len(items) < micro_steps:
-                if (item := batches.wait(enough)) is None:
+            while len(self.items) < micro_steps:
+                if (item := batches.wait(lambda: self.asked.save or self.enough())) is None:
                     return
-                items.append(item)
-        except (TemporaryError, UserError):
-            self.save()
+                self.items.append(item)
+        except TemporaryError as error:
+            self.progress.say(f"reading stopped: {error}")  # should saving fail too, that is what the run ends with
+            self.save(final=True)
+            raise TemporaryError(f"{error} Saved at step {before}. Resume with: {self.again}") from error
+        except Exception as error:
+            self.progress.say(f"reading stopped: {error}")
+            self.save(final=True)
             raise
         self.waited += time.perf_counter() - began
-        report = train_step(training, [batch for batch, _ in items])
-        training.cursor = items[-1][1]
+        report = self.make_step([batch for batch, _ in self.items])
+        at, training.cursor, self.items = training.cursor, self.items[-1][1], []
         took = time.perf_counter() - began
         training.seconds += took
-        if training.step == before:  # skipped: fp16 overflowed
+        if training.step == before:  # skipped
+            self.pass_over(report, at)
             return
         self.plan(took)
         alarms = training.health.note(training.step, report.expert_load, report.router_entropy, report.router_largest)
@@ -81,13 +125,142 @@ class Session:
             row = metrics_row(training, report, self.logged, self.rate) | {"data_wait": self.waited}
             row |= {"alarms": [alarm._asdict() for alarm in alarms]} if alarms else {}
             self.logged, self.waited = (training.tokens, training.seconds), 0.0
-            better = evaluates and self.assess(row)
-            row["elapsed"] = training.elapsed = self.clock.now()
-            append_metrics(self.run, row)
-            self.show(row)
+            better = self.log(row, evaluates)
             self.progress.say(*alarm_lines(training.step, alarms, training.hparams))
         if better or self.due(settings.checkpoint_steps):
+            self.save(final=training.step == training.total_steps)
+
+    def log(self, row: dict[str, Any], evaluates: bool) -> bool:
+        """Write and show a step's line, evaluated if that is due; return whether the model is the best so far.
+
+        Where a signal leaves that off, the line waits in the checkpoint for `catch_up`.
+        """
+        training = self.training
+        training.pending = dict(row) if evaluates else None
+        better = evaluates and self.assess(row)
+        training.pending = None
+        row["elapsed"] = training.elapsed = self.clock.now()
+        self.write(row)
+        self.tracking.log(row)
+        self.show(row)
+        return better
+
+    def catch_up(self) -> None:
+        """Do the evaluation that the last session was stopped in, as it would have been."""
+        if self.training.pending is not None:
+            self.log(dict(self.training.pending), True)
+
+    def write(self, *rows: dict[str, Any]) -> None:
+        """Append lines to metrics.jsonl, and those before that the disk didn't take; what it doesn't take waits."""
+        first = not self.unwritten
+        self.unwritten += rows
+        if not self.unwritten:
+            return
+        try:
+            append_metrics(self.run, *self.unwritten)
+        except OSError as error:
+            if first:
+                self.progress.say(f"WARNING: metrics.jsonl can't be written ({error.strerror}). Its lines are kept.")
+            return
+        self.unwritten = []
+
+    def make_step(self, batches: list[Batch]) -> StepReport:
+        """Return what one optimizer step reports, made in smaller parts from the step on at which memory runs out.
+
+        Raises UserError where that doesn't help, and for a step that the settings don't let pass; each with what is
+        saved, and what to do.
+        """
+        training, rows = self.training, self.training.micro_rows
+        try:
+            report, training.micro_rows = within_memory(
+                lambda parts: train_step(training, parts), batches, rows, lambda: forget_step(training)
+            )
+        except OutOfMemory as error:
+            raise self._out_of_memory(error) from None
+        except BadStep as error:
+            raise self._bad_step(error) from None
+        except StopAsked:
+            forget_step(training)
+            raise
+        if training.micro_rows != rows:
+            peak, fitted = peak_memory_mb(training.device), rows or max(len(batch.labels) for batch in batches)
+            self.progress.say(
+                f"memory ran out at step {training.step} (peak {peak:.0f} MiB): from here on {training.micro_rows} "
+                f"rows a micro-step instead of {fitted}. A step has the same rows as before."
+            )
+        return report
+
+    def _out_of_memory(self, error: OutOfMemory) -> UserError:
+        """Return the error for a step that doesn't fit; all that is trained is saved, where there is memory for it."""
+        training, hparams = self.training, self.training.hparams
+        free()
+        unsaved = ""
+        try:
             self.save()
+        except Exception as failure:
+            if not (is_shortage(failure) or isinstance(failure, TemporaryError)):
+                raise
+            unsaved = f" (what came after can't be saved: {str(failure).splitlines()[0]})"
+        peak = peak_memory_mb(training.device)
+        return diagnostics.no_memory(error, self.run, checkpoint_steps(self.run), unsaved, training.step, peak, hparams)
+
+    def _bad_step(self, error: BadStep) -> UserError:
+        """Return the error for a step that stops the run, with what is known about it written down."""
+        training, at = self.training, self.training.cursor
+        if not checkpoint_steps(self.run):
+            self.save()  # the weights are as before the step, and there is nothing else of them
+        words = self._write_down(error.trouble, at, training.step + training.skipped_steps + 1)
+        return diagnostics.bad_step(error, words, self.run, checkpoint_steps(self.run)[-1], training.hparams.optim)
+
+    def _write_down(self, trouble: Trouble, at: Cursor, number: int) -> str:
+        """Write the diagnostics of the run's batch `number`, which is behind cursor `at`; return them in words."""
+        training = self.training
+        found = diagnostics.report(training.hparams, training.tokenizer, at, training.step + 1, trouble)
+        return diagnostics.keep(self.run, number, found)
+
+    def pass_over(self, report: StepReport, at: Cursor) -> None:
+        """Say why a batch is passed over and, where the settings say so, go back to the newest checkpoint too.
+
+        What is trained since then is given up with the text it came from: training goes on behind this batch.
+        """
+        training, trouble = self.training, report.trouble
+        if trouble is None or not trouble.row_losses:
+            return  # fp16 overflowed, as it does now and then
+        words = self._write_down(trouble, at, training.step + training.skipped_steps)
+        step = newest(self.run)[0] if training.hparams.train.bad_step == "rewind" else None
+        going_on = (
+            "the batch is passed over" if step is None else f"back to the checkpoint of step {step}, on behind it"
+        )
+        self.progress.say(f"{trouble.what} at step {training.step + 1}: {going_on}. {words}")
+        if step is not None:
+            self._rewind(step)
+
+    def _rewind(self, step: int) -> None:
+        """Put the checkpoint of `step` back, but for the text: that read since counts as passed over."""
+        training = self.training
+        self.rewinds[step] += 1
+        if self.rewinds[step] > MAX_REWINDS:
+            raise UserError(
+                f"training went back to the checkpoint of step {step} {MAX_REWINDS} times and always came to a bad "
+                "step: it is the weights, not the text. Nothing was changed. Remove that checkpoint and resume from "
+                "an earlier one, or start a new run with a lower optim.lr."
+            )
+        kept = {name: getattr(training, name) for name in ("cursor", "seconds", "elapsed", "micro_rows")}
+        passed_over = training.skipped_steps + training.step - step
+        restore(training, read(self.run, step))
+        for name, value in kept.items():
+            setattr(training, name, value)
+        training.skipped_steps = passed_over
+        cut_metrics(self.run, step)
+        self.unwritten = [row for row in self.unwritten if row["step"] <= step]
+        self.logged, self.saved_at = (training.tokens, training.seconds), step
+
+    def lines(self) -> bool:
+        """Write the lines that wait, on the disk before returning; return whether there are none any more."""
+        self.write()
+        with suppress(OSError):  # the checkpoint itself will tell
+            sync_metrics(self.run)
+        return not self.unwritten
 
     def plan(self, took: float) -> None:
         """Under a time budget, decide when that is due how many steps the run has, and keep the decision."""
@@ -110,19 +283,28 @@ class Session:
         step = self.training.step
         return step == self.training.total_steps or (every is not None and step % every == 0)
 
-    def save(self) -> None:
-        """Write a checkpoint of this step, unless there is one, and remove those no longer kept."""
+    def save(self, final: bool = False) -> bool:
+        """Write a checkpoint of this step, unless there is one, and remove those no longer kept.
+
+        Returns whether there is one. Where the disk doesn't take it, `train.on_save_failure` decides, and the last one
+        of a run, `final`, is parked elsewhere: TemporaryError.
+        """
         training = self.training
         if self.saved_at == training.step:
-            return
+            return True
         began = time.perf_counter()
+        self.held.check()
         training.elapsed = self.clock.now()
-        sync_metrics(self.run)
-        checkpoint.save(self.run, snapshot(training, self.marks))
+        whole = snapshot(training, self.marks)
+        require_finite(whole.model, "the weight")
+        require_finite(whole.optimizer, "the optimizer's")
+        if not self.saver.save(whole, final):
+            return False
         self.saved_at = training.step
         best = None if training.best is None else int(training.best["step"])
-        checkpoint.retain(self.run, training.hparams.train.keep_checkpoints, best)
+        retain(self.run, training.hparams.train.keep_checkpoints, best, good=training.step)
         self._note_cost("checkpoint", began)
+        return True
 
     def _note_cost(self, part: str, began: float) -> None:
         if self.pace is not None:
@@ -131,7 +313,7 @@ class Session:
     def assess(self, row: dict[str, Any]) -> bool:
         """Evaluate, add the results to the metrics row, and return whether the model is the best so far."""
         training, began = self.training, time.perf_counter()
-        result = evaluate(training.model, self.validation, training.dtype)
+        result = self.evaluate()
         row |= {
             "val_loss": result.loss,
             "val_bits_per_byte": result.bits_per_byte,
@@ -142,12 +324,23 @@ class Session:
         if prompt is not None:
             training.model.eval()
             sample = stream_text(training.model, training.tokenizer, prompt, SAMPLE_TOKENS, Sampling())
-            row["sample"] = prompt + "".join(sample)
+            row["sample"] = prompt + "".join(until(self.enough, sample))
         self._note_cost("evaluation", began)
         if training.best is not None and result.loss >= training.best["val_loss"]:
             return False
         training.best = {"step": training.step, "val_loss": result.loss}
         return True
+
+    def evaluate(self) -> Evaluation:
+        """Return the model's measures on held-out text, in smaller parts where memory runs out."""
+        model, validation, dtype = self.training.model, self.validation, self.training.dtype
+        result, self.rows_to_evaluate = within_memory(
+            lambda parts: evaluate(model, validation._replace(batches=parts), dtype, self.enough),
+            validation.batches,
+            self.rows_to_evaluate or self.training.micro_rows,
+            lambda: None,
+        )
+        return result
 
     def show(self, row: dict[str, Any]) -> None:
         """Show the progress line and, after an evaluation, its results."""
@@ -187,6 +380,10 @@ def metrics_row(training: Training, report: StepReport, since: tuple[int, float]
         "starving_experts": training.health.starving(),
         "memory_mb": peak_memory_mb(training.device),
     }
+    if training.scaler is not None or training.skipped_steps:
+        row |= {"skipped_steps": training.skipped_steps}
     if training.scaler is not None:
-        row |= {"loss_scale": training.scaler.get_scale(), "skipped_steps": training.skipped_steps}
+        row |= {"loss_scale": training.scaler.get_scale()}
+    if training.micro_rows is not None:
+        row |= {"micro_rows": training.micro_rows}
     return row

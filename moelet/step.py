@@ -5,7 +5,7 @@ Everything random in a step comes from (seed, step, micro-step), so there is no 
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,21 +13,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moelet.checkpoint import Checkpoint
 from moelet.data import START, Batch
-from moelet.documents import Cursor
 from moelet.errors import UserError, pick
+from moelet.finite import (
+    SPIKE_WINDOW,
+    BadStep,
+    Trouble,
+    first_not_finite,
+    gradients_not_finite,
+    largest_gradient,
+    wrong_with,
+)
 from moelet.health import Health
 from moelet.hparams import Hparams
 from moelet.loss import BALANCE, IGNORE, linear_cross_entropy
-from moelet.metrics import expert_load, router_health
-from moelet.modelling import GPT
+from moelet.memory import is_shortage, require_memory
+from moelet.metrics import expert_load, peak_memory_mb, router_health
+from moelet.modelling import GPT, shapes_of
 from moelet.moe import Router, RouterStats, add_stats
 from moelet.optim import OPTIMIZERS, Plan, learning_rate
 from moelet.precision import autocast, choose_device, choose_dtype, make_scaler
+from moelet.stopping import never, until
+from moelet.storage.checkpoint import Checkpoint
+from moelet.storage.saved_state import check_optimizer, check_state
+from moelet.text.documents import Cursor
 from moelet.tokenizer import Tokenizer
 
-MAX_SKIPS = 20  # fp16 steps skipped in a row: the scale has then fallen by 2^20, which no healthy run needs
+MAX_SKIPS = 20  # batches passed over in a row: a scale has then fallen by 2^20, which no healthy run needs
+MIN_SCALE = 1.0  # of fp16: below, gradients larger than fp16 holds would be needed to overflow
 
 
 @dataclasses.dataclass
@@ -46,11 +59,16 @@ class Training:
     seconds: float = 0.0  # of training alone
     elapsed: float = 0.0  # of everything, all sessions together
     plan: Plan = dataclasses.field(default_factory=list)  # how many steps the run has
-    skipped_steps: int = 0  # batches whose fp16 gradients overflowed
+    skipped_steps: int = 0  # batches passed over: fp16 overflowed, or they were bad and the settings say so
     skipped_in_a_row: int = 0
+    losses: list[float] = dataclasses.field(default_factory=list)  # of the last steps, for spikes
+    micro_rows: int | None = None  # the most rows a micro-step since memory ran out; None: as the settings say
     cursor: Cursor = dataclasses.field(default_factory=lambda: dict(START))
     best: dict[str, float] | None = None  # step and val_loss of the best checkpoint
     health: Health = dataclasses.field(default_factory=Health)
+    pending: dict[str, Any] | None = None  # this step's line of metrics.jsonl, where it still waits for an evaluation
+    run_id: str = ""  # of the run in its folder
+    enough: Callable[[], bool] = never  # whether to leave off in the middle of a step
 
     @property
     def total_steps(self) -> int | None:
@@ -68,13 +86,16 @@ class StepReport(NamedTuple):
     expert_load: list[list[float]]
     router_entropy: list[float]  # per layer, mean over tokens: 1 is a router without preference
     router_largest: list[float]  # per layer, the largest score by size
-    skipped: bool  # fp16 only: the gradients overflowed and nothing changed
+    skipped: bool  # the batch was passed over and nothing changed
+    trouble: Trouble | None = None  # why, unless fp16's gradients overflowed
 
 
 def build(hparams: Hparams, tokenizer: Tokenizer) -> Training:
     """Return a run at its first step: model, optimizer and precision. Raises UserError for what doesn't fit."""
     device = choose_device(hparams.train.device)
     dtype = choose_dtype(hparams.train.precision, device)
+    count = sum(map(math.prod, shapes_of(hparams.model, tokenizer.vocab_size).values()))
+    require_memory(4 * count, f"a model of {count / 1e6:,.0f}M parameters")
     torch.manual_seed(hparams.train.seed)
     model = GPT(hparams.model, tokenizer.vocab_size).to(device)
     model.checkpoint_activations = hparams.train.checkpoint_activations
@@ -91,14 +112,17 @@ def derived_seed(*parts: int) -> int:
 def train_step(training: Training, micro_batches: list[Batch]) -> StepReport:
     """Make one optimizer step from the batches of its micro-steps.
 
+    Raises StopAsked before the next micro-step once `training.enough()`: nothing has changed then but the gradients.
+
     The loss is normalised by the predicted tokens of all micro-batches, and balance is that of all of them: how the
-    global batch is cut changes nothing. The batches are on the host, as they come. Raises UserError on a gradient that
-    isn't finite; the weights are then as before.
+    global batch is cut changes nothing. The batches are on the host, as they come. Raises BadStep on a loss or gradient
+    that isn't finite, or a spike, unless the settings say to pass the batch over; the weights are then as before. What
+    torch says when memory runs out comes through, with the weights as before; see `forget_step`.
     """
     model, hparams = training.model.train(), training.hparams
     lr = learning_rate(hparams.optim, training.step, training.plan)
     for group in training.optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group |= {"lr": lr * group["lr_scale"], "step": training.step}
     targets = _targets(micro_batches)
     n_tokens, n_routed = max(1, len(targets)), max(1, _routed_tokens(micro_batches))
     micro_batches = [batch.to(training.device) for batch in micro_batches]
@@ -107,7 +131,7 @@ def train_step(training: Training, micro_batches: list[Batch]) -> StepReport:
     nats = torch.zeros((), dtype=torch.float64, device=training.device)
     balance: list[Tensor] = []
     totals: list[RouterStats] = []
-    for index, batch in enumerate(micro_batches):
+    for index, batch in enumerate(until(training.enough, micro_batches)):
         with _micro_step(training, index):
             output = model(batch.input_ids, batch.segments)
             features_TR = model.features(output.hidden).flatten(0, 1)
@@ -125,7 +149,8 @@ def train_step(training: Training, micro_batches: list[Batch]) -> StepReport:
         totals = add_stats(totals, output.router)
     results = (nats, _clip(training), expert_load(totals), router_health(totals), *balance)
     total, grad_norm, load, (entropy, largest), *balance_loss = _to_host(*results)
-    skipped = _update(training, grad_norm)
+    trouble = _update(training, total / n_tokens, grad_norm, micro_batches)
+    skipped = trouble is not None
     if not skipped and hparams.balance.bias_rate is not None:
         _move_biases(training, totals, hparams.balance.bias_rate)
     training.step += int(not skipped)
@@ -133,7 +158,8 @@ def train_step(training: Training, micro_batches: list[Batch]) -> StepReport:
     n_bytes = int(training.tokenizer.byte_lengths[targets].sum())
     mean_balance = balance_loss[0] if balance_loss else None
     routing_report = (load, entropy, largest)
-    return StepReport(total / n_tokens, len(targets), n_bytes, mean_balance, grad_norm, lr, *routing_report, skipped)
+    counts = (total / n_tokens, len(targets), n_bytes)
+    return StepReport(*counts, mean_balance, grad_norm, lr, *routing_report, skipped, trouble)
 
 
 def _targets(micro_batches: list[Batch]) -> np.ndarray:
@@ -178,7 +204,7 @@ def _route_ahead(training: Training, micro_batches: list[Batch]) -> list[RouterS
     forward pass more, without the vocabulary head. The same seeds as in the real pass give the same dropout.
     """
     totals: list[RouterStats] = []
-    for index, batch in enumerate(micro_batches):
+    for index, batch in enumerate(until(training.enough, micro_batches)):
         with _micro_step(training, index):
             totals = add_stats(totals, training.model(batch.input_ids, batch.segments).router)
     return totals
@@ -215,37 +241,105 @@ def _clip(training: Training) -> Tensor:
     if training.scaler is not None:
         training.scaler.unscale_(training.optimizer)
     limit = training.hparams.optim.grad_clip or math.inf
-    return torch.nn.utils.clip_grad_norm_(training.model.parameters(), limit)
+    parameters = list(training.model.parameters())
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    # by a norm that isn't finite all would be spoilt, and no one could tell any more which gradient it came from
+    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm.where(norm.isfinite(), 0))
+    return norm
 
 
-def _update(training: Training, grad_norm: float) -> bool:
-    """Apply the gradients; return whether fp16 overflow made this step void."""
-    scaler, optimizer = training.scaler, training.optimizer
-    finite = math.isfinite(grad_norm)
-    if finite:  # not by scaler.step: for an optimizer other than torch's fused ones it would wait for the device again
-        optimizer.step()
-    if scaler is not None:
-        scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    if scaler is None and not finite:
+def _update(training: Training, loss: float, grad_norm: float, micro_batches: list[Batch]) -> Trouble | None:
+    """Apply the gradients and return None; or leave the weights and return why, where the batch may be passed over."""
+    scaler, settings = training.scaler, training.hparams.train
+    what = wrong_with(loss, grad_norm, training.losses, settings.spike_deviations)
+    if what is None:  # not by scaler.step: for an optimizer other than torch's fused ones it would wait for the device
+        _apply(training)
+        training.losses = [*training.losses, loss][-SPIKE_WINDOW:]
+        training.skipped_in_a_row = 0
+        if scaler is not None:
+            scaler.update()
+        training.optimizer.zero_grad(set_to_none=True)
+        return None
+    overflow = scaler is not None and not (math.isfinite(loss) and math.isfinite(grad_norm))
+    training.skipped_in_a_row += 1
+    last = training.skipped_in_a_row >= MAX_SKIPS
+    if overflow and scaler is not None:
+        _halve_scale(scaler, grad_norm)
+        last = last or scaler.get_scale() < MIN_SCALE
+    else:
+        last = last or settings.bad_step == "stop"
+    trouble = Trouble(what, loss, grad_norm, None, False, [], [])
+    if last or not overflow:
+        trouble = _look_into(training, trouble, micro_batches)
+    training.optimizer.zero_grad(set_to_none=True)
+    if last:
+        raise BadStep(_why_stopped(training, trouble, overflow), trouble)
+    training.skipped_steps += 1
+    return trouble
+
+
+def _apply(training: Training) -> None:
+    """Make the optimizer's step. Raises UserError where memory runs out in it, as it may have done half."""
+    try:
+        training.optimizer.step()
+    except Exception as error:
+        if not is_shortage(error):
+            raise
         raise UserError(
-            f"the gradient norm is {grad_norm} at step {training.step + 1}; the weights are as before it. Training "
-            "can't go on from numbers that aren't finite. Lower optim.lr, set optim.grad_clip, or lengthen "
-            "optim.warmup_steps, and start anew or from the last checkpoint."
-        )
-    skipped = not finite
-    _note_skip(training, skipped)
-    return skipped
+            f"memory ran out in the optimizer, at step {training.step + 1} (peak {peak_memory_mb(training.device):.0f} "
+            "MiB). What it needs doesn't depend on the batch, and this process's weights may be half changed, so "
+            "nothing is saved. Earlier checkpoints are untouched: give the run more memory and resume, or start a "
+            "smaller model."
+        ) from error
 
 
-def _note_skip(training: Training, skipped: bool) -> None:
-    training.skipped_in_a_row = training.skipped_in_a_row + 1 if skipped else 0
-    training.skipped_steps += int(skipped)
-    if training.skipped_in_a_row >= MAX_SKIPS:
-        raise UserError(
-            f"fp16 overflowed {MAX_SKIPS} times in a row at step {training.step + 1}. The gradients don't fit its "
-            'range. Lower optim.lr, or set train.precision to "bf16" or "fp32".'
+def _halve_scale(scaler: torch.amp.GradScaler, grad_norm: float) -> None:
+    """Lower fp16's loss scale, as every overflow does; where the loss alone isn't finite, the scaler hasn't seen it."""
+    scaler.update(scaler.get_scale() * scaler.get_backoff_factor() if math.isfinite(grad_norm) else None)
+
+
+def _look_into(training: Training, trouble: Trouble, micro_batches: list[Batch]) -> Trouble:
+    """Return where the trouble begins: by the gradients, and by the forward pass made again with the same numbers."""
+    model = training.model
+    gradients, largest = gradients_not_finite(model), largest_gradient(model)
+    losses: list[float] = []
+    with torch.no_grad(), first_not_finite(model) as found:
+        for index, batch in enumerate(micro_batches):
+            with _micro_step(training, index):
+                features_BSR = model.features(model(batch.input_ids, batch.segments).hidden)
+                for features_SR, labels_S in zip(features_BSR, batch.labels, strict=True):
+                    nats = linear_cross_entropy(features_SR, model.table, labels_S).item()
+                    losses.append(nats / max(1, int((labels_S != IGNORE).sum())))
+    spike = math.isfinite(trouble.loss) and math.isfinite(trouble.grad_norm)
+    # backward goes from the last layer to the first: where it breaks, all that comes before in the network is broken
+    layer = found[0] if found else gradients[-1]["parameter"] if gradients else largest if spike else None
+    again = bool(found) or not all(math.isfinite(loss) for loss in losses) or spike
+    return trouble._replace(layer=layer, again=again, gradients=gradients, row_losses=losses)
+
+
+def _why_stopped(training: Training, trouble: Trouble, overflow: bool) -> str:
+    """Return the message for a step that isn't passed over."""
+    at, count = training.step + 1, training.skipped_in_a_row
+    if overflow:
+        assert training.scaler is not None
+        return (
+            f"fp16 overflowed {count} times in a row at step {at}, and the loss scale is down to "
+            f"{training.scaler.get_scale():g}: fp16 cannot represent this model's gradients. The weights are as before "
+            'that step. Start a new run with train.precision "bf16" or "fp32", or a lower optim.lr.'
         )
+    if count > 1:
+        return f"{trouble.what} at step {at}, for the {count}th batch in a row: it is the weights, not the text."
+    return f"{trouble.what} at step {at}; the weights are as before it."
+
+
+def forget_step(training: Training) -> None:
+    """Forget what a step that broke off has left: gradients, and what the scaler noted of them."""
+    training.optimizer.zero_grad(set_to_none=True)
+    if training.scaler is not None:
+        state = training.scaler.state_dict()
+        training.scaler = make_scaler(training.dtype, training.device)
+        assert training.scaler is not None
+        training.scaler.load_state_dict(state)
 
 
 def snapshot(training: Training, marks: dict[str, str]) -> Checkpoint:
@@ -255,17 +349,26 @@ def snapshot(training: Training, marks: dict[str, str]) -> Checkpoint:
         for name, parameter in training.model.named_parameters()
         for key, value in training.optimizer.state[parameter].items()
     }
-    state = {name: getattr(training, name) for name in PROGRESS}
-    state["health"] = training.health.state()
+    state = {name: getattr(training, name) for name in (*PROGRESS, *LATER)}
+    state |= {"health": training.health.state(), "batch_size": training.hparams.train.batch_size}
     state["scaler"] = None if training.scaler is None else training.scaler.state_dict()
-    return Checkpoint(training.step, training.model.state_dict(), optimizer, state, marks)
+    return Checkpoint(training.step, training.model.state_dict(), optimizer, state, marks, training.run_id)
 
 
 PROGRESS = ("step", "tokens", "seconds", "elapsed", "plan", "skipped_steps", "skipped_in_a_row", "cursor", "best")
+LATER: dict[str, Any] = {
+    "losses": [],
+    "micro_rows": None,
+    "pending": None,
+}  # what checkpoints of the first runs don't have, and what it was then
 
 
 def restore(training: Training, saved: Checkpoint) -> None:
-    """Put a snapshot back; from here on the run is the one it would have been."""
+    """Put a snapshot back; from here on the run is the one it would have been. Raises UserError for another's."""
+    settings = training.hparams.model
+    check_state(saved.state, settings.n_layers, settings.n_experts)
+    shapes = {name: tuple(parameter.shape) for name, parameter in training.model.named_parameters()}
+    check_optimizer(saved.optimizer, shapes, training.hparams.optim.optimizer)
     training.model.load_state_dict(saved.model)
     parameters = dict(training.model.named_parameters())
     training.optimizer.state.clear()
@@ -274,6 +377,11 @@ def restore(training: Training, saved: Checkpoint) -> None:
         training.optimizer.state[parameters[name]][entry] = value.to(training.device)
     for name in PROGRESS:
         setattr(training, name, saved.state[name])
+    for name, before in LATER.items():
+        setattr(training, name, saved.state.get(name, before))
+    if saved.state.get("batch_size") != training.hparams.train.batch_size:
+        training.micro_rows = None  # another size was set, or found: it is to be tried as it is
     training.health = Health.restored(saved.state.get("health", {}))
+    training.run_id = saved.run_id
     if training.scaler is not None and saved.state["scaler"] is not None:
         training.scaler.load_state_dict(saved.state["scaler"])

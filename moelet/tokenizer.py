@@ -13,11 +13,13 @@ import numpy as np
 import sentencepiece
 
 from moelet.errors import UserError
+from moelet.storage.intake import open_file, open_inside
+from moelet.text.tokenizer_file import check_model
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character, so the character itself needs an escape
 RESERVED = "\u2585"  # SentencePiece skips a whole training sentence that holds this character
 SENTENCE = 4096  # characters of a training sentence; with newlines inside they join pieces, which saves 2 to 6 % tokens
-LARGEST_FILE = 64 * 2**20  # bytes; a vocabulary of 256,000 pieces takes about 4 MiB
+LARGEST_FILE = 16 * 2**20  # bytes; a vocabulary of 256,000 pieces takes about 4 MiB
 PROBE = "  \ufb01\t①\r\n\n  é\U0001f600 12 "  # what a normalising model changes
 LOSSLESS = {"normalization_rule_name": "identity", "byte_fallback": True, "split_digits": True}
 SPACES = {"remove_extra_whitespaces": False, "add_dummy_prefix": False, "allow_whitespace_only_pieces": True}
@@ -35,8 +37,12 @@ class Tokenizer:
     def __init__(self, model_bytes: bytes, origin: str = "the tokenizer model") -> None:
         """Raise UserError naming `origin` unless `model_bytes` is a lossless model with our ids."""
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=model_bytes or b"\0")
-        except RuntimeError:
+            check_model(model_bytes)
+        except UserError as error:
+            raise UserError(f"{origin} is not a SentencePiece model like ours: {error}. {ADVICE}") from None
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+        except (RuntimeError, UnicodeDecodeError):  # the latter for a message that quotes the file's bytes
             raise UserError(f"{origin} is not a SentencePiece model. {ADVICE}") from None
         self.model_bytes = model_bytes
         self.vocab_size: int = self._model.get_piece_size()
@@ -48,7 +54,8 @@ class Tokenizer:
         escape = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self._escape = np.array(escape, dtype=np.int32)
         probe = self.encode(PROBE)
-        if self.decode(probe) != PROBE or self.byte_lengths[probe].sum() != len(PROBE.encode()):
+        lengths = self.byte_lengths
+        if self.decode(probe) != PROBE or lengths[probe].sum() != len(PROBE.encode()):
             raise UserError(f"{origin} changes spaces or characters. The text must come back unchanged. {ADVICE}")
 
     @classmethod
@@ -78,13 +85,21 @@ class Tokenizer:
     def load(cls, path: str | Path) -> Self:
         """Return the tokenizer in the file at `path`; raise UserError for anything but a tokenizer like ours."""
         try:
-            if not Path(path).is_file():
-                raise UserError(f"there is no tokenizer file {path}. It must be a SentencePiece model. {ADVICE}")
-            if (size := Path(path).stat().st_size) > LARGEST_FILE:
-                raise UserError(f"{path} has {size} bytes. A tokenizer has at most {LARGEST_FILE}. {ADVICE}")
-            return cls(Path(path).read_bytes(), str(path))
+            with open_file(Path(path), LARGEST_FILE) as file:
+                return cls(file.read(), str(path))
+        except FileNotFoundError:
+            raise UserError(f"there is no tokenizer file {path}. It must be a SentencePiece model. {ADVICE}") from None
         except OSError as error:
             raise UserError(f"{path} can't be read ({error.strerror}). Set tokenizer.file to another file.") from None
+
+    @classmethod
+    def load_inside(cls, folder: Path, name: str) -> Self:
+        """Return the tokenizer of a folder, as `load`, from a file that lies in it."""
+        try:
+            with open_inside(folder, name, LARGEST_FILE) as file:
+                return cls(file.read(), str(folder / name))
+        except OSError as error:
+            raise UserError(f"{folder / name} can't be read ({error.strerror}). {ADVICE}") from None
 
     def save(self, path: str | Path) -> None:
         Path(path).write_bytes(self.model_bytes)
@@ -95,10 +110,18 @@ class Tokenizer:
         return hashlib.sha256(self.model_bytes).hexdigest()
 
     @cached_property
+    def pieces(self) -> list[str]:
+        """The text that each id stands for, for people to read: a byte outside of ASCII is <0xE2>, ids 0 to 3 <unk>."""
+        pieces = [self._model.id_to_piece(i) for i in range(self.vocab_size)]
+        ascii_bytes = (i for i in range(self.vocab_size) if self._model.is_byte(i) and int(pieces[i][3:-1], 16) < 128)
+        for i in ascii_bytes:
+            pieces[i] = chr(int(pieces[i][3:-1], 16))
+        return [piece.replace(SPACE, " ") for piece in pieces]
+
+    @cached_property
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes of text that each id stands for (0 for ids 0 to 3), int64 (vocab_size,)."""
-        pieces = [self._model.id_to_piece(i).replace(SPACE, " ") for i in range(self.vocab_size)]
-        lengths = np.array([len(piece.encode()) for piece in pieces], dtype=np.int64)
+        lengths = np.array([len(piece.encode()) for piece in self.pieces], dtype=np.int64)
         lengths[[self._model.is_byte(i) for i in range(self.vocab_size)]] = 1
         lengths[[self._model.is_control(i) or i <= self.pad_id for i in range(self.vocab_size)]] = 0
         return lengths

@@ -4,62 +4,77 @@
 What is done at each step is `moelet.session`'s.
 """
 
-import hashlib
-import json
+import math
 import os
-import shutil
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from moelet import checkpoint
 from moelet.attention import ATTENTION
 from moelet.budget import Clock
-from moelet.checkpoint import HPARAMS, TOKENIZER, load_run_settings
 from moelet.console import Progress, duration, table
-from moelet.data import PREFETCH_BATCHES, Prefetch, Validation, read_validation, training_batches, training_texts
-from moelet.disk import write_file
+from moelet.data import PREFETCH_BATCHES, Batch, Validation, read_validation, training_batches, training_texts
 from moelet.errors import Interrupted, UserError, pick
 from moelet.experts import ACTIVATIONS, BACKENDS
 from moelet.fit import find_batch_size
-from moelet.hparams import Hparams, read_hparams
+from moelet.hparams import Hparams, read_hparams, read_hparams_inside
+from moelet.identity import (
+    ACCEPTED,
+    Marks,
+    changes_text,
+    described,
+    identity,
+    note_accepted,
+    require_length,
+    require_same,
+    reread,
+)
 from moelet.kernels.native import why_not
 from moelet.loss import BALANCE
 from moelet.metrics import METRICS_FILE, cut_metrics, last_elapsed, matrix_rate
 from moelet.moe import ROUTERS
-from moelet.optim import OPTIMIZERS, SCHEDULES
+from moelet.optim import OPTIMIZERS, SCHEDULES, Plan
 from moelet.precision import choose_device, choose_dtype
-from moelet.sections import LENGTHS
 from moelet.session import Session
-from moelet.shards import folder_of, read_manifest
-from moelet.sources import SOURCES
-from moelet.step import Training, build, restore
+from moelet.step import Training, build, restore, snapshot
+from moelet.stopping import StopAsked, stop_signals
+from moelet.storage import checkpoint
+from moelet.storage.checkpoint import HPARAMS, TOKENIZER, load_run_settings
+from moelet.storage.disk import write_file
+from moelet.storage.lock import LOCK, Held, lock
+from moelet.storage.manifest import checkpoint_steps, folders, name_run, read_state, sweep
+from moelet.text.documents import Cursor
+from moelet.text.prefetch import Reader
+from moelet.text.shards import folder_of, read_manifest
+from moelet.text.sources import SOURCES
 from moelet.tokenizer import Tokenizer
+from moelet.trackers import TRACKERS, tracking
 
-# what may change at resume: nothing that the weights depend on
-FREE_SETTINGS = {
-    "run", "device", "eval_steps", "eval_tokens", "log_steps", "checkpoint_steps", "keep_checkpoints", "sample_prompt",
-    "memory_limit_gb", "checkpoint_activations",
-}  # fmt: skip
+NAMED: dict[tuple[str, str], Mapping[str, Any]] = {  # settings that name something in a table
+    ("data", "source"): SOURCES,
+    ("optim", "optimizer"): OPTIMIZERS,
+    ("optim", "schedule"): SCHEDULES,
+    ("balance", "loss"): BALANCE,
+    ("model", "activation"): ACTIVATIONS,
+    ("model", "attention"): ATTENTION,
+    ("model", "experts"): {**BACKENDS, "auto": None},
+    ("model", "router"): ROUTERS,
+    ("train", "track"): TRACKERS,
+}
 
 
 def check(hparams: Hparams) -> None:
     """Raise UserError, before any work, for a name that no table holds and for what this machine hasn't got."""
-    pick(SOURCES, hparams.data.source, "data.source")
+    for (section, key), known in NAMED.items():
+        name = getattr(getattr(hparams, section), key)
+        if name is not None:
+            pick(known, name, f"{section}.{key}")
     for part in hparams.data.parts:
         pick(SOURCES, part.source, "data.mix.source")
-    pick(OPTIMIZERS, hparams.optim.optimizer, "optim.optimizer")
-    pick(SCHEDULES, hparams.optim.schedule, "optim.schedule")
-    if hparams.balance.loss is not None:
-        pick(BALANCE, hparams.balance.loss, "balance.loss")
-    pick(ACTIVATIONS, hparams.model.activation, "model.activation")
-    pick(ATTENTION, hparams.model.attention, "model.attention")
-    pick({**BACKENDS, "auto": None}, hparams.model.experts, "model.experts")
-    pick(ROUTERS, hparams.model.router, "model.router")
+    if hparams.train.track is not None:
+        TRACKERS[hparams.train.track].check()
     choose_dtype(hparams.train.precision, choose_device(hparams.train.device))
 
 
@@ -84,7 +99,7 @@ def make_tokenizer(hparams: Hparams) -> Tokenizer:
     if data.source == "prepared":
         folder = folder_of(data)
         manifest = read_manifest(folder)
-        tokenizer = Tokenizer.load(settings.file or folder / TOKENIZER)
+        tokenizer = Tokenizer.load(settings.file) if settings.file else Tokenizer.load_inside(folder, TOKENIZER)
         if (tokenizer.fingerprint, data.piece_chars) != (manifest["tokenizer"], manifest["piece_chars"]):
             raise UserError(
                 f"{folder} was prepared with another tokenizer, or in pieces of {manifest['piece_chars']} characters. "
@@ -97,23 +112,24 @@ def make_tokenizer(hparams: Hparams) -> Tokenizer:
     return Tokenizer.train(texts, settings.vocab_size, settings.algorithm, settings.sample_bytes)
 
 
-def identity(hparams: Hparams, tokenizer: Tokenizer) -> dict[str, str]:
-    """Return the fingerprints that a checkpoint and the run resuming it must share.
+def begin_run(run: Path, training: Training) -> None:
+    """Make the folder of a run that stands at its first step."""
+    hparams, tokenizer = training.hparams, training.tokenizer
+    with lock(run):
+        training.run_id = name_run(run)
+        checkpoint.save(run, snapshot(training, identity(hparams, tokenizer)))
+        write_file(run / TOKENIZER, tokenizer.model_bytes)
+        write_file(run / HPARAMS, hparams.to_json().encode())  # last: without it a folder isn't a run
 
-    Where files lie doesn't count, only what is in them: text and tokenizer have fingerprints of their own. Nor does
-    how a step is cut into micro-steps, where the settings give its size as a whole.
-    """
-    places: Any = {"files": True, "mix": {"__all__": {"files"}}}
-    cut = {"global_batch_size"} if hparams.train.global_batch_size is None else {"batch_size", "gradient_accumulation"}
-    left_out: Any = {"train": FREE_SETTINGS.union(LENGTHS, cut), "data": places, "tokenizer": {"file"}}
-    left_out |= {name: getattr(hparams, name).unsaid for name in ("model", "optim", "balance")}
-    settings = hparams.model_dump(mode="json", exclude=left_out)
-    source = pick(SOURCES, hparams.data.source, "data.source").fingerprint(hparams.data)
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    length = hparams.total_steps
-    marks = {"settings": digest, "model": hparams.model.fingerprint}
-    marks["length"] = "a time budget" if length is None else f"{length} steps"
-    return {**marks, "tokenizer": tokenizer.fingerprint, "data": source}
+
+def refuse_folder(run: Path) -> None:
+    """Raise UserError when there is something in the folder that an attempt cut short hasn't left."""
+    cut_short = (run / LOCK).exists() and not (run / HPARAMS).exists()
+    if run.exists() and not (run.is_dir() and (cut_short or not any(run.iterdir()))):
+        raise UserError(
+            f"{run} is there already and isn't an empty folder. The new run needs a folder of its own. Give another "
+            "--run."
+        )
 
 
 def start(hparams: Hparams, run: Path, progress: Progress, began: float | None = None) -> None:
@@ -124,32 +140,35 @@ def start(hparams: Hparams, run: Path, progress: Progress, began: float | None =
     """
     clock = Clock(0.0, time.monotonic() if began is None else began)
     check(hparams)
-    if run.is_dir() and any(run.iterdir()) and not (run / checkpoint.LOCK).exists():
+    if run.is_dir() and any(run.iterdir()) and not (run / LOCK).exists():
         raise UserError(
             f"{run} holds files that are not a run's. A new run needs a folder that is empty or not there yet. Give "
             "another --run."
         )
-    with checkpoint.lock(run):
-        if checkpoint.checkpoint_steps(run):
+    with lock(run) as held:
+        if folders(run):
             raise UserError(
                 f"{run} holds a run with checkpoints. A new run needs a folder of its own: give another --run, or go "
                 f"on with this one: python -m moelet train --resume {run}"
             )
-        train(_fresh(pinned(hparams), run, progress), run, progress, clock)
+        train(_fresh(pinned(hparams), run, progress), run, progress, clock, held)
 
 
 def _fresh(hparams: Hparams, run: Path, progress: Progress) -> Training:
     """Return a run at its first step: its folder cleared of what an earlier try left, its tokenizer made, its batch
     size found."""
-    for leftover in (METRICS_FILE, TOKENIZER):
+    for leftover in (METRICS_FILE, TOKENIZER, ACCEPTED):
         (run / leftover).unlink(missing_ok=True)
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    sweep(run)
     write_file(run / HPARAMS, hparams.to_json().encode())
+    run_id = name_run(run)
     tokenizer = make_tokenizer(hparams)
     write_file(run / TOKENIZER, tokenizer.model_bytes)
     hparams = find_batch_size(hparams, tokenizer, run / TOKENIZER, progress)
     write_file(run / HPARAMS, hparams.to_json().encode())
-    return build(hparams, tokenizer)
+    training = build(hparams, tokenizer)
+    training.run_id = run_id
+    return training
 
 
 def resume(
@@ -159,25 +178,27 @@ def resume(
     began: float | None = None,
     settings: Path | None = None,
     seconds: float | None = None,
+    accept: bool = False,
 ) -> None:
     """Go on with the run in folder `run` from its newest checkpoint that verifies; from its start when it has none.
 
     The settings are the run's own, or those in the file `settings`, with `changes`. With `seconds` the run ends that
-    long after this command began. Raises UserError when settings or files would make it another run.
+    long after this command began. Raises UserError when settings or files would make it another run, unless `accept`.
     """
     if not is_run(run):
         raise UserError(f"{run} is not a run folder: it holds no {HPARAMS}. Give the folder of a run to resume.")
-    with checkpoint.lock(run):
+    with lock(run) as held:
         spent = spent_on(run)
         limit = [] if seconds is None else [f"train.time_budget={spent + seconds}"]
-        hparams = read_hparams(settings or run / HPARAMS, [*changes, *limit])
-        saved = read_hparams(run / HPARAMS)
+        every = [*changes, *limit]
+        hparams = read_hparams(settings, every) if settings else read_hparams_inside(run, HPARAMS, every)
+        saved = read_hparams_inside(run, HPARAMS)
         if not any(change.startswith("train.batch_size=") for change in changes):
             hparams = with_batch_size_of(saved, hparams)
         hparams = pinned(with_commits_of(saved, hparams))
         check(hparams)
-        if checkpoint.checkpoint_steps(run):
-            training = _restored(hparams, run, progress)
+        if folders(run):
+            training = _restored(hparams, run, progress, accept)
             total = training.total_steps
             progress.say(f"resumed at step {training.step}" + (f" of {total}" if total else ""))
             if total == training.step:
@@ -185,7 +206,7 @@ def resume(
         else:
             progress.say(f"{run} has no checkpoint yet: starting over.")
             training = _fresh(hparams, run, progress)
-        train(training, run, progress, Clock(spent, time.monotonic() if began is None else began))
+        train(training, run, progress, Clock(spent, time.monotonic() if began is None else began), held)
 
 
 def is_run(run: Path) -> bool:
@@ -195,9 +216,10 @@ def is_run(run: Path) -> bool:
 
 def spent_on(run: Path) -> float:
     """Return the seconds that earlier sessions of the run took, as far as they were noted."""
-    steps = checkpoint.checkpoint_steps(run)
-    state = checkpoint.read_state(run, steps[-1]) if steps else {}
-    return max(last_elapsed(run), state.get("elapsed", 0.0))
+    steps = checkpoint_steps(run)
+    state = read_state(run, steps[-1]) if steps else {}
+    saved = state.get("elapsed")  # of a checkpoint that nobody has verified yet
+    return max(last_elapsed(run), saved if isinstance(saved, float) and 0 <= saved < math.inf else 0.0)
 
 
 def with_commits_of(saved: Hparams, hparams: Hparams) -> Hparams:
@@ -222,94 +244,91 @@ def with_batch_size_of(saved: Hparams, hparams: Hparams) -> Hparams:
     return hparams.model_copy(update={"train": kept})
 
 
-def _restored(hparams: Hparams, run: Path, progress: Progress) -> Training:
-    """Return the run as its newest checkpoint that verifies has it; metrics.jsonl is cut back to that step."""
+def _restored(hparams: Hparams, run: Path, progress: Progress, accept: bool) -> Training:
+    """Return the run as its newest checkpoint that verifies has it, with the changes that are accepted; metrics.jsonl
+    is cut back to that step."""
     saved_hparams, tokenizer = load_run_settings(run)
     if hparams.tokenizer != saved_hparams.tokenizer and hparams.tokenizer.file is not None:
         tokenizer = Tokenizer.load(Path(hparams.tokenizer.file))
-    step, passed = checkpoint.newest(run)
+    saved, passed = checkpoint.read_newest(run)
     progress.say(*passed)
-    if step is None:
+    if saved is None:
         raise UserError(
             f"no checkpoint of {run} verifies (see above). Nothing was changed. Restore one from a copy, or start "
             "a new run in another folder."
         )
-    saved = checkpoint.read(run, step)
-    refuse_another_run(run, saved.identity, identity(hparams, tokenizer), saved_hparams, hparams)
+    now = identity(hparams, tokenizer)
+    changed = require_same(run, saved.identity, now, saved_hparams, hparams, accept)
+    shapes = {name: tuple(tensor.shape) for name, tensor in saved.model.items()}
+    checkpoint.refuse_other_shapes(run, shapes, saved_hparams, tokenizer)
     hparams = find_batch_size(hparams, tokenizer, run / TOKENIZER, progress)
     training = build(hparams, tokenizer)
+    plan = training.plan
     restore(training, saved)
+    sweep(run)
+    if changed:
+        lines = described(changed, saved.identity, now, saved_hparams, hparams)
+        _adopt(training, changed, plan, saved.identity)
+        lines = note_accepted(run, saved.step, saved.identity, now, lines)
+        progress.say(f"goes on from step {saved.step} with accepted changes, noted in {run / ACCEPTED}:", *lines)
     write_file(run / HPARAMS, hparams.to_json().encode())
-    cut_metrics(run, step)
+    cut_metrics(run, saved.step if training.pending is None else saved.step - 1)
     return training
 
 
-def refuse_another_run(
-    run: Path, saved: dict[str, str], now: dict[str, str], saved_hparams: Hparams, hparams: Hparams
-) -> None:
-    """Raise UserError when the fingerprints of the checkpoint and of what would go on from it differ."""
-    different = [name for name in saved if saved[name] != now.get(name)]
-    if hparams.train.time_budget is not None and "length" in different:
-        different.remove("length")  # from here on the clock decides
-    if not different:
-        return
-    old, new = saved_hparams.model_dump(mode="json"), hparams.model_dump(mode="json")
-    lines = [f"{name}: the run has {saved[name][:16]}, given is {str(now.get(name))[:16]}" for name in different]
-    lines += [
-        f"{section}.{key}: the run has {json.dumps(value)}, given is {json.dumps(new[section][key])}"
-        for section, settings in old.items()
-        for key, value in settings.items()
-        if value != new[section][key]
-    ]
-    raise UserError(
-        f"{run} can't go on as another run; these differ:\n  "
-        + "\n  ".join(lines)
-        + "\nNothing was changed. Resume with the run's own settings, tokenizer and data, or start a new run."
-    )
+def _adopt(training: Training, changed: list[str], plan: Plan, before: Marks) -> None:
+    """Make the run what the accepted changes say: of another length, or on another text, from that text's start."""
+    if "length" in changed:
+        require_length(training.step, plan)
+        training.plan = plan
+    if changes_text(changed, before):
+        training.cursor = reread(training.cursor)
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list that the loop looks at; the second one acts at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if received:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        received.append(number)
-        os.write(2, b"\nstopping after this step; again to stop at once, unsaved\n")
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def train(training: Training, run: Path, progress: Progress, clock: Clock) -> None:
+def train(training: Training, run: Path, progress: Progress, clock: Clock, held: Held) -> None:
     """Train to the last step.
 
     Raises Interrupted when a signal asks to stop and TemporaryError when the data's source is away, with everything
-    saved.
+    saved; TemporaryError when it couldn't be saved.
     """
     hparams, tokenizer = training.hparams, training.tokenizer
     length, size, sizes = hparams.model.max_length, hparams.batch_size, hparams.micro_batches
     validation = read_validation(hparams.data, tokenizer, length, size, hparams.train.eval_tokens, "validation")
     introduce(training, run, validation, progress)
     rate = matrix_rate(training.device, training.dtype)
-    session = Session(training, run, progress, validation, rate, identity(hparams, tokenizer), clock)
-    stream = training_batches(hparams.data, tokenizer, length, sizes, hparams.train.seed, training.cursor)
-    with stop_signals() as received, Prefetch(stream, PREFETCH_BATCHES) as batches, progress:
-        while training.total_steps is None or training.step < training.total_steps:
-            if received:
-                session.save()
-                raise Interrupted(
-                    received[0],
-                    f"interrupted and saved at step {training.step}. Go on with: python -m moelet train --resume {run}",
-                )
-            session.advance(batches, lambda: bool(received))
+
+    def begin(cursor: Cursor) -> Iterator[tuple[Batch, Cursor]]:
+        return training_batches(hparams.data, tokenizer, length, sizes, hparams.train.seed, cursor)
+
+    with (
+        stop_signals() as asked,
+        Reader(begin, training.cursor, PREFETCH_BATCHES, hparams.data.reader_patience) as batches,
+        tracking(run, hparams, progress) as tracked,
+        progress,
+    ):
+        marks = identity(hparams, tokenizer)
+        session = Session(training, run, progress, validation, rate, marks, clock, tracked, held, asked)
+        with suppress(StopAsked):
+            session.catch_up()
+            while training.total_steps is None or training.step < training.total_steps:
+                session.advance(batches)
+                if asked.save:
+                    asked.save = False
+                    if session.save():
+                        progress.say(f"saved at step {training.step}, as asked.")
+                if asked:
+                    break
+        if asked.stop is not None and not ended(training):
+            session.save(final=True)
+            raise Interrupted(
+                asked.stop,
+                f"interrupted and saved at step {training.step}. Go on with: {session.again}",
+            )
+
+
+def ended(training: Training) -> bool:
+    """Return whether all is done: the last step made, and its evaluation."""
+    return training.step == training.total_steps and training.pending is None
 
 
 def introduce(training: Training, run: Path, validation: Validation, progress: Progress) -> None:

@@ -14,14 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moelet import checkpoint
-from moelet.checkpoint import HPARAMS, TOKENIZER, load, load_run_settings
-from moelet.disk import write_file
 from moelet.errors import UserError
-from moelet.hparams import Hparams, read_hparams
+from moelet.hparams import Hparams, read_hparams_inside
 from moelet.modelling import GPT
-from moelet.step import build, snapshot
-from moelet.train import check, identity, pinned, with_commits_of
+from moelet.step import build
+from moelet.storage.checkpoint import HPARAMS, load, load_run_settings
+from moelet.storage.manifest import read_state
+from moelet.storage.saved_state import check_state
+from moelet.train import begin_run, check, pinned, refuse_folder, with_commits_of
 
 # settings of the model that don't change what the first step computes, dropout apart
 FREE_MODEL_SETTINGS = {"dropout", "attention", "experts", "selection_bias"}
@@ -53,7 +53,7 @@ def upcycle(
     noise and router. The text is read from its start, or from where the dense run stood. Raises UserError when one
     can't be made of the other; nothing is written then.
     """
-    _refuse_folder(run)
+    refuse_folder(run)
     if not 0 <= noise < math.inf:
         raise UserError(
             f"--noise is {noise}. It is a share of each matrix's spread. Set it to 0 or more, such as 0.01."
@@ -64,26 +64,15 @@ def upcycle(
     training = build(hparams, tokenizer)
     training.model.load_state_dict(_upcycled_weights(model, hparams, noise, seed))
     if continue_data:
-        training.cursor = checkpoint.read_state(dense, step)["cursor"]
-    with checkpoint.lock(run):
-        checkpoint.save(run, snapshot(training, identity(hparams, tokenizer)))
-        write_file(run / TOKENIZER, tokenizer.model_bytes)
-        write_file(run / HPARAMS, hparams.to_json().encode())  # last: without it a folder isn't a run
+        state = read_state(dense, step)
+        check_state(state, dense_hparams.model.n_layers, 1)
+        training.cursor = state["cursor"]
+    begin_run(run, training)
     return Upcycled(hparams, step, _count(model), _count(training.model))
 
 
 def _count(model: GPT) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _refuse_folder(run: Path) -> None:
-    """Raise UserError when there is something in the folder that an attempt cut short hasn't left."""
-    cut_short = (run / checkpoint.LOCK).exists() and not (run / HPARAMS).exists()
-    if run.exists() and not (run.is_dir() and (cut_short or not any(run.iterdir()))):
-        raise UserError(
-            f"{run} is there already and isn't an empty folder. The new run needs a folder of its own. Give another "
-            "--run."
-        )
 
 
 def _upcycled_settings(
@@ -104,8 +93,7 @@ def _upcycled_settings(
     given = [f"model.{name}={json.dumps(value)}" for name, value in ours.items()] + ["train.run=null"]
     if old.balance.loss is None:  # said nothing about a dense model, and would let experts die
         given.append("balance.loss=switch")
-    path = dense / HPARAMS
-    base, new = read_hparams(path, given), read_hparams(path, [*given, *changes])
+    base, new = (read_hparams_inside(dense, HPARAMS, [*given, *more]) for more in ((), changes))
     _refuse_changes(base, new, continue_data)
     new = pinned(with_commits_of(base, new))
     check(new)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import json
+import os
 import tarfile
 import textwrap
 import typing
@@ -15,13 +16,27 @@ from typing import Any
 
 import pytest
 import torch
+from scorecard import (  # noqa: F401  hooks and a fixture, which pytest takes from here
+    pytest_addoption,
+    pytest_generate_tests,
+    pytest_pyfunc_call,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    trials,
+)
 
 from moelet.attention import ATTENTION
 from moelet.data import training_texts
 from moelet.experts import BACKENDS
-from moelet.hparams import make_hparams
+from moelet.hparams import Hparams, make_hparams
 from moelet.kernels.native import why_not
+from moelet.modelling import GPT
+from moelet.storage import checkpoint
 from moelet.tokenizer import Tokenizer
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of two workers on two cores would wait for one another
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # and of what tests start
 
 TinySettings = Callable[..., dict[str, Any]]
 # without a C compiler everything is still tested but what it would build
@@ -84,8 +99,20 @@ def tiny_settings(corpus: Path) -> TinySettings:
     return make
 
 
+def save_run(path: Path, hparams: Hparams, model: GPT, tokenizer: Tokenizer) -> Path:
+    """Write the run folder of a model as it is, at step 3; return it."""
+    identity = {"tokenizer": tokenizer.fingerprint, "model": hparams.model.fingerprint}
+    checkpoint.save(path, checkpoint.Checkpoint(3, model.state_dict(), {}, {}, identity))
+    (path / checkpoint.HPARAMS).write_text(hparams.to_json())
+    tokenizer.save(path / checkpoint.TOKENIZER)
+    return path
+
+
 @pytest.fixture(scope="session")
 def tokenizer(tiny_settings: TinySettings) -> Tokenizer:
     """The tokenizer that the tiny run trains."""
     hparams = make_hparams(tiny_settings())
     return Tokenizer.train(training_texts(hparams.data, 0), hparams.tokenizer.vocab_size, sample_bytes=60_000)
+
+
+from serving import served  # noqa: E402, F401  a fixture too; serving takes what is above

@@ -1,18 +1,23 @@
 """Puts each known trap into a scratch copy of the package and shows that a test fails: `python -m tests.mutants`.
 
-The traps are those of public code for this very architecture. A mutant that survives, or whose place in the code is
+The traps are those of public code for this very architecture. `python -m tests.mutants faults` does the same with what
+would break the promises of the scorecard, against tests/faults. A mutant that survives, or whose place in the code is
 no longer found, makes the command fail.
 """
 
+import importlib
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+AT_ONCE = min(4, os.cpu_count() or 1)  # each of one thread
 
 
 class Mutant(NamedTuple):
@@ -100,8 +105,8 @@ MUTANTS = [
     Mutant(
         "a z-loss that counts padding",
         "moelet/kernels/router.c",
-        "lift = counts ? 2 * grad_squares * log_totals[t] : 0;",
-        "lift = 2 * grad_squares * log_totals[t];",
+        "counts ? 2 * grad_squares * log_totals[t] : 0, slope",
+        "2 * grad_squares * log_totals[t], slope",
         "tests/test_step.py",
     ),
     Mutant(
@@ -197,23 +202,23 @@ MUTANTS = [
     ),
     Mutant(
         "a split used as the configuration's name",
-        "moelet/hub.py",
+        "moelet/text/hub.py",
         "name=settings.name",
         "name=settings.split",
         "tests/test_hub.py",
     ),
     Mutant(
         "rows of the hub that come again after a resume",
-        "moelet/hub.py",
+        "moelet/text/hub.py",
         "item, lane[1], lane[2] = found",
         "item, lane[1], _ = found",
         "tests/test_hub.py",
     ),
     Mutant(
         "a mix that forgets its shares at a resume",
-        "moelet/sources.py",
-        '[dict(state) for state in cursor["parts"]]',
-        '[{**state, "taken": 0} for state in cursor["parts"]]',
+        "moelet/text/sources.py",
+        'empty=bool(state.get("empty")))',
+        'empty=bool(state.get("empty")), taken=0)',
         "tests/test_sources.py",
     ),
     Mutant(
@@ -239,7 +244,7 @@ MUTANTS = [
     ),
     Mutant(
         "the cursor of the prefetched batch saved",
-        "moelet/data.py",
+        "moelet/text/prefetch.py",
         "            found, cursor = item\n",
         "            found, cursor = item\n"
         "            if not self._queue.empty() and not isinstance(self._queue.queue[-1], BaseException):\n"
@@ -262,19 +267,69 @@ MUTANTS = [
     ),
     Mutant(
         "chance worded as a win",
-        "moelet/verdict.py",
+        "moelet/study/verdict.py",
         "certain = half_width is not None and abs(mean) > half_width",
         "certain = True",
         "tests/test_verdict.py",
     ),
     Mutant(
         "a study's short run on the schedule of the long one",
-        "moelet/study.py",
+        "moelet/study/study.py",
         "    tokens = job_tokens(plan, job)\n    settings",
         "    tokens = plan.tokens\n    settings",
         "tests/test_study.py",
     ),
+    Mutant(
+        "gate and up swapped at the export",
+        "moelet/export/names.py",
+        '("mlp.experts.gate_proj", "mlp.experts.{expert}.gate_proj.weight", "ffn_gate_exps.weight"),\n'
+        '            ("mlp.experts.up_proj", "mlp.experts.{expert}.up_proj.weight", "ffn_up_exps.weight"),',
+        '("mlp.experts.gate_proj", "mlp.experts.{expert}.up_proj.weight", "ffn_gate_exps.weight"),\n'
+        '            ("mlp.experts.up_proj", "mlp.experts.{expert}.gate_proj.weight", "ffn_up_exps.weight"),',
+        "tests/test_export.py",
+    ),
+    Mutant(
+        "an exported model that isn't told to scale the chosen weights",
+        "moelet/export/hf.py",
+        '"norm_topk_prob": s.normalize_top_k,',
+        "",
+        "tests/test_export.py",
+    ),
+    Mutant(
+        "a folded table without its scale",
+        "moelet/export/names.py",
+        "inward_VD * old.embed_scale",
+        "inward_VD",
+        "tests/test_export.py",
+    ),
+    Mutant(
+        "heads reordered for llama.cpp, as LLaMA's are",
+        "moelet/export/names.py",
+        "yield name.gguf.format(**place), tensor",
+        "swapped = tensor.unflatten(0, (model.settings.n_heads, 2, -1)).transpose(1, 2).reshape(tensor.shape) "
+        'if "attn_q." in name.gguf else tensor\n        yield name.gguf.format(**place), swapped.contiguous()',
+        "tests/test_export.py",
+    ),
+    Mutant(
+        "a generated token that looks at the wrong one before",
+        "moelet/export/modeling_moelet.py",
+        "(positions_BS[:, :1] + steps_S).clamp(min=0)",
+        "positions_BS[:, :1] * 0 + steps_S * 0",
+        "tests/test_export.py",
+    ),
+    Mutant(
+        "an imported folder that leads out of itself",
+        "moelet/storage/intake.py",
+        "    if stat.S_ISLNK(os.stat(part, dir_fd=at, follow_symlinks=False).st_mode):",
+        "    if False:",
+        "tests/test_importing.py",
+    ),
 ]
+
+
+def timed_kill(mutant: Mutant) -> tuple[bool, str, float]:
+    started = time.perf_counter()
+    return *kill(mutant), time.perf_counter() - started
 
 
 def kill(mutant: Mutant) -> tuple[bool, str]:
@@ -289,22 +344,29 @@ def kill(mutant: Mutant) -> tuple[bool, str]:
             return False, f"its place is {text.count(mutant.old)} times in {mutant.file}: mend tests/mutants.py"
         path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", mutant.tests]
-        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=600)
+        alone = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=scratch, env=alone, capture_output=True, text=True, timeout=600)
         lines = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
         if done.returncode == 1 and lines:
             return True, lines[0].removeprefix("FAILED ").split(" - ")[0]
         return False, f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-300:]}"
 
 
+def fault_mutants() -> list[Mutant]:
+    """Return the lists of all tests/faults/mutants_<area>.py, each a MUTANTS of its own."""
+    areas = sorted((ROOT / "tests" / "faults").glob("mutants_*.py"))
+    return [mutant for area in areas for mutant in importlib.import_module(f"tests.faults.{area.stem}").MUTANTS]
+
+
 def main() -> int:
+    mutants = fault_mutants() if sys.argv[1:] == ["faults"] else MUTANTS
     survivors = 0
-    for mutant in MUTANTS:
-        started = time.perf_counter()
-        killed, what = kill(mutant)
-        survivors += not killed
-        verdict = "killed  " if killed else "SURVIVED"
-        print(f"{verdict} {mutant.trap} ({time.perf_counter() - started:.0f} s)\n         {what}", flush=True)
-    print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} mutants killed")
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for mutant, (killed, what, seconds) in zip(mutants, pool.map(timed_kill, mutants), strict=True):
+            survivors += not killed
+            verdict = "killed  " if killed else "SURVIVED"
+            print(f"{verdict} {mutant.trap} ({seconds:.0f} s)\n         {what}", flush=True)
+    print(f"{len(mutants) - survivors} of {len(mutants)} mutants killed")
     return 1 if survivors else 0
 
 

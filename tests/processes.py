@@ -19,12 +19,15 @@ from typing import Any
 MEASURED = {"seconds", "elapsed", "data_wait", "tokens_per_second", "mfu", "memory_mb"}
 
 ZYGOTE = """
-import json, os, sys
+import json, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts with `&`
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and in what nohup does
 import matplotlib.backends.backend_agg, matplotlib.figure
-import moelet.cli, moelet.evaluate, moelet.hub, moelet.report, moelet.train
+import torch._dynamo  # which torch's optimizers load in each process: most of a tiny run's time
+import moelet.cli, moelet.evaluate, moelet.text.hub, moelet.report, moelet.train
 from moelet import metrics
 metrics.RATE_SECONDS, metrics.RATE_SIZE["cpu"] = 0.0, 8
-moelet.hub.FIRST_PAUSE = 0.05
+moelet.text.hub.FIRST_PAUSE = 0.05
 if "HF_ENDPOINT" in os.environ:  # once for all, instead of in each
     import datasets
 os.fsync = lambda handle: None  # a killed process's writes are in the kernel already; power cuts are test_checkpoint's

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moelet.documents import Cursor, Document
 from moelet.sections import DataSettings
-from moelet.sources import SOURCES
+from moelet.text.documents import Cursor, Document
+from moelet.text.sources import SOURCES
 
 
 def read(settings: DataSettings, seed: int = 0, epoch: int = 0, cursor: Cursor | None = None) -> list[Any]:

@@ -14,17 +14,20 @@ from conftest import TINY
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from moelet import arms, bench, bench_page, breakdown, contest, metrics, peers, roofline
+from moelet import metrics
 from moelet.cli import main
 from moelet.console import Progress
 from moelet.errors import UserError
 from moelet.hparams import make_hparams
 from moelet.loss import BALANCE, linear_cross_entropy
 from moelet.modelling import GPT
-from moelet.naive import NaiveGPT, SdpaAttention, copy_weights
-from moelet.peers import Workload
 from moelet.sections import ModelSettings
+from moelet.speed import bench, breakdown, contest, peers, roofline
+from moelet.speed import page as bench_page
+from moelet.speed.naive import NaiveGPT, SdpaAttention, copy_weights
+from moelet.speed.peers import Workload
 from moelet.step import build, train_step
+from moelet.study import arms
 
 VOCABULARY = 300
 CPU = torch.device("cpu")
@@ -39,7 +42,7 @@ def workload(**model: Any) -> Workload:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure next to nothing, and start processes from one that has imported everything once."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["moelet.bench"])
+    server.set_forkserver_preload(["moelet.speed.bench"])
     monkeypatch.setattr(contest, "CONTEXT", server)
     for module, name in ((metrics, "RATE_SECONDS"), (roofline, "PRODUCT_SECONDS"), (breakdown, "DATA_SECONDS")):
         monkeypatch.setattr(module, name, 0.0)
@@ -117,10 +120,10 @@ def test_flops_by_hand() -> None:
     attention, head = 4 * 32 * 32 + 32 * 32, 2 * 32 * 16 + 16 * VOCABULARY
     routed = 2 * 2 * 32 * 16 + 32 * 4
     assert peers.flops(settings, VOCABULARY) == 6 * (2 * (attention + routed) + head)
-    active = peers.dense(settings, arms.active_width(settings))
+    active = peers.twin(settings, arms.active_width)
     assert (active.n_experts, active.d_ff) == (1, 32)
     assert peers.flops(active, VOCABULARY) == 6 * (2 * (attention + 2 * 32 * 32) + head)
-    assert peers.flops(peers.dense(settings, settings.d_ff), VOCABULARY) == 6 * (2 * (attention + 2 * 32 * 64) + head)
+    assert peers.flops(peers.twin(settings, arms.full_width), VOCABULARY) == 6 * (2 * (attention + 2 * 32 * 64) + head)
     hf = 6 * (2 * (attention + 3 * 2 * 32 * 16 + 32 * 4) + 32 * VOCABULARY)
     assert peers.flops(peers.full_width_gated(settings), VOCABULARY) == hf
 
@@ -228,7 +231,7 @@ def test_variants_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_twins_of_a_modern_model_leave_out_what_routes() -> None:
     settings = peers.changed(workload(shared_expert=24).hparams.model, selection_bias=True)
-    active, total = (peers.dense(settings, width(settings)) for width in (arms.active_width, arms.full_width))
+    active, total = (peers.twin(settings, width) for width in (arms.active_width, arms.full_width))
     assert (active.d_ff, total.d_ff) == (2 * 16 + 24, 4 * 16 + 24)
     assert (active.n_experts, active.shared_expert, active.selection_bias) == (1, 0, False)
     given = workload(smear=True)

@@ -19,12 +19,13 @@ import safetensors.torch
 import torch
 from conftest import TinySettings
 
-from moelet import checkpoint
-from moelet.checkpoint import Checkpoint
-from moelet.disk import file_sha256, write_file
 from moelet.errors import TemporaryError, UserError
 from moelet.hparams import make_hparams
 from moelet.step import Training, build, snapshot
+from moelet.storage import checkpoint, manifest
+from moelet.storage.checkpoint import Checkpoint
+from moelet.storage.disk import file_sha256, write_file
+from moelet.storage.lock import lock
 from moelet.tokenizer import Tokenizer
 
 FILES = ("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json")
@@ -76,7 +77,7 @@ def run_with(path: Path, *steps: int) -> Path:
 def test_what_is_saved_is_read_back_exactly(tmp_path: Path) -> None:
     run = run_with(tmp_path, 5, 10)
     assert checkpoint.newest(run) == (10, [])
-    assert checkpoint.checkpoint_steps(run) == [5, 10]
+    assert manifest.checkpoint_steps(run) == [5, 10]
     for step in (5, 10):
         assert_same(checkpoint.read(run, step), made(step))
     assert names(run) == ["step-00000005", "step-00000010"]
@@ -165,10 +166,14 @@ def test_a_folder_under_another_steps_name_is_found(tmp_path: Path) -> None:
 
 
 def test_another_format_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "FORMAT", 99)
     run = run_with(tmp_path, 1)
+    for module in (checkpoint, manifest):
+        monkeypatch.setattr(module, "FORMAT", 99)
+    run_with(run, 2)
     monkeypatch.undo()
-    assert "format 99" in str(checkpoint.fault(folder(run, 1)))
+    assert "format 99" in str(checkpoint.fault(folder(run, 2)))
+    with pytest.raises(UserError, match="step 2.*format 99.*reads 1.*Nothing was changed.*a newer one"):
+        checkpoint.newest(run)
 
 
 def test_odd_names_among_the_checkpoints_are_left_alone(tmp_path: Path) -> None:
@@ -176,8 +181,8 @@ def test_odd_names_among_the_checkpoints_are_left_alone(tmp_path: Path) -> None:
     for name in ("step-", "step-x", "step-²", "notes"):
         (run / "checkpoints" / name).mkdir()
     (run / "checkpoints" / "step-00000009").write_text("a file")
-    assert checkpoint.checkpoint_steps(run) == [7]
-    checkpoint.retain(run, 1, None)
+    assert manifest.checkpoint_steps(run) == [7]
+    manifest.retain(run, 1, None)
     assert checkpoint.newest(run) == (7, [])
     assert len(names(run)) == 6
 
@@ -254,7 +259,7 @@ def faulty(faults: Faults) -> Iterator[None]:
 
 def cycle(run: Path, step: int, keep: int = 1, best: int | None = None) -> None:
     checkpoint.save(run, made(step))
-    checkpoint.retain(run, keep, best)
+    manifest.retain(run, keep, best)
 
 
 def count_operations(path: Path, prepare: Callable[[Path], Path], step: int, kinds: set[str]) -> int:
@@ -303,13 +308,13 @@ def test_death_while_retaining_never_leaves_half_a_checkpoint(tmp_path: Path) ->
     counted = Faults(OPERATIONS, 0, Killed)
     run = run_with(tmp_path / "counted", *steps)
     with faulty(counted):
-        checkpoint.retain(run, 1, 2)
+        manifest.retain(run, 1, 2)
     assert counted.count > 10
     for k in range(1, counted.count + 1):
         run = run_with(tmp_path / f"{k}", *steps)
         with pytest.raises(Killed), faulty(Faults(OPERATIONS, k, Killed)):
-            checkpoint.retain(run, 1, 2)
-        left = checkpoint.checkpoint_steps(run)
+            manifest.retain(run, 1, 2)
+        left = manifest.checkpoint_steps(run)
         assert {2, 4} <= set(left)
         assert all(checkpoint.fault(folder(run, step)) is None for step in left)
 
@@ -318,7 +323,11 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path) -> No
     faults = Faults({"write", "fsync", "replace", "rename"}, 0, Killed)
     with faulty(faults):
         checkpoint.save(tmp_path, made(1))
-    assert faults.log == ["write", "fsync"] * len(FILES) + ["fsync", "rename", "fsync"]  # files, folder, its folder
+    assert faults.log == [
+        "fsync",  # the name of the folder of checkpoints
+        *["write", "fsync"] * len(FILES),
+        *["fsync", "rename", "fsync"],  # the folder, its name
+    ]
     faults.log.clear()
     with faulty(faults):
         write_file(tmp_path / "hparams.json", b"x")
@@ -385,8 +394,8 @@ def test_the_newest_and_the_best_are_kept_whatever_the_clock_says(
     draw = random.Random(keep)
     for path in (run / "checkpoints").rglob("*"):
         os.utime(path, (draw.uniform(0, 2e9), draw.uniform(0, 2e9)))
-    checkpoint.retain(run, keep, best)
-    assert checkpoint.checkpoint_steps(run) == left
+    manifest.retain(run, keep, best)
+    assert manifest.checkpoint_steps(run) == left
     assert names(run) == [folder(run, step).name for step in left]
     assert checkpoint.newest(run) == (50, [])
 
@@ -396,7 +405,7 @@ def test_what_interrupted_saves_left_is_removed(tmp_path: Path) -> None:
     shutil.copytree(folder(run, 1), run / "checkpoints" / "step-00000002.tmp-99")
     (run / "checkpoints" / "step-00000003.tmp-1").mkdir()
     assert checkpoint.newest(run) == (1, [])
-    checkpoint.retain(run, 1, None)
+    manifest.retain(run, 1, None)
     assert names(run) == ["step-00000001"]
 
 
@@ -406,7 +415,7 @@ def test_after_a_fallback_the_damaged_later_checkpoint_displaces_no_good_one(tmp
     assert checkpoint.newest(run)[0] == 20
     cycle(run, 25, keep=1, best=20)
     assert checkpoint.newest(run) == (25, [])
-    assert checkpoint.checkpoint_steps(run) == [20, 25]
+    assert manifest.checkpoint_steps(run) == [20, 25]
 
 
 # the lock
@@ -414,7 +423,7 @@ def test_after_a_fallback_the_damaged_later_checkpoint_displaces_no_good_one(tmp
 HOLDER = """
 import sys, time
 from pathlib import Path
-from moelet.checkpoint import lock
+from moelet.storage.lock import lock
 with lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -425,14 +434,14 @@ def test_a_second_process_is_told_who_holds_the_run_and_a_dead_ones_lock_is_free
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError) as caught, checkpoint.lock(tmp_path):
+        with pytest.raises(UserError) as caught, lock(tmp_path):
             pass
         text = str(caught.value)
         assert f"process {holder.pid} on {os.uname().nodename} since 20" in text
         assert str(tmp_path) in text and "Wait for it" in text and "--run" in text
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-        with checkpoint.lock(tmp_path):
+        with lock(tmp_path):
             pass
     finally:
         holder.kill()
@@ -440,16 +449,16 @@ def test_a_second_process_is_told_who_holds_the_run_and_a_dead_ones_lock_is_free
 
 
 def test_the_lock_is_free_again_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(Killed), checkpoint.lock(tmp_path):
+    with pytest.raises(Killed), lock(tmp_path):
         raise Killed
-    with checkpoint.lock(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()}"), checkpoint.lock(tmp_path):
+    with lock(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()}"), lock(tmp_path):
         pass
 
 
 def test_a_file_in_the_place_of_the_run_folder_is_explained(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(UserError, match=r"can't be written to \(.*--run"), checkpoint.lock(path):
+        with pytest.raises(UserError, match=r"can't be written to \(.*--run"), lock(path):
             pass
 
 
@@ -539,7 +548,7 @@ def test_a_drive_without_locks_and_syncs_is_used_all_the_same(
 
     monkeypatch.setattr("fcntl.flock", not_offered)
     monkeypatch.setattr(os, "fsync", not_offered)
-    with checkpoint.lock(tmp_path):
+    with lock(tmp_path):
         checkpoint.save(tmp_path, made(3))
     assert "without locks" in caplog.text
     assert checkpoint.newest(tmp_path) == (3, [])

@@ -5,8 +5,10 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +16,10 @@ from typing import Any, NamedTuple
 import pytest
 from conftest import TinySettings
 
-from moelet import checkpoint, metrics
+from moelet import metrics
 from moelet.cli import main
+from moelet.storage import checkpoint, saving
+from moelet.storage.lock import LOCK, lock
 from moelet.tokenizer import Tokenizer
 
 COMMANDS = ["train", "bench", "generate", "evaluate", "tokenizer"]
@@ -234,7 +238,7 @@ def test_a_mistake_is_explained_before_any_training(
 
 
 def test_a_run_folder_in_use_is_refused(settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with checkpoint.lock(tmp_path / "new"):
+    with lock(tmp_path / "new"):
         assert main(["train", str(settings), "--run", str(tmp_path / "new")]) == 78
     said = capsys.readouterr().err
     assert f"in use by process {os.getpid()}" in said and "give another folder with --run" in said
@@ -261,11 +265,16 @@ def test_a_full_disk_while_saving_keeps_the_last_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_synced", full)
-        saving = ["--set", "train.checkpoint_steps=2", *given_pieces]
-        assert main(["train", str(settings), "--run", str(path), *saving]) == 75
+        patch.setattr(saving, "PAUSES", (0, 0, 0))
+        patch.setattr(tempfile, "tempdir", str(tmp_path))
+        ways = ["train.checkpoint_steps=2", "train.on_save_failure=stop"]
+        saving_settings = [*(word for way in ways for word in ("--set", way)), *given_pieces]
+        assert main(["train", str(settings), "--run", str(path), *saving_settings]) == 75
     said = capsys.readouterr().err
     assert os.strerror(code) in said and "MiB" in said and f"--resume {path}" in said
     assert "step 3 is untouched" in said and "Traceback" not in said  # the evaluation of step 3 was the best
+    (parked,) = tmp_path.glob("moelet-parked-run-*/model.safetensors")
+    assert f"The weights of step 4 are parked in {parked.parent}" in said
     assert checkpoint.newest(path) == (3, [])
     assert not [entry for entry in (path / "checkpoints").iterdir() if ".tmp" in entry.name]
     assert main(["train", "--resume", str(path)]) == 0
@@ -273,8 +282,13 @@ def test_a_full_disk_while_saving_keeps_the_last_checkpoint(
 
 
 def test_a_real_limit_on_the_size_of_files_ends_with_75(
-    given_pieces: list[str], settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    given_pieces: list[str],
+    settings: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(saving, "PAUSES", (0, 0, 0))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))  # Python ignores the signal that goes with it
     try:
@@ -292,7 +306,7 @@ def test_a_real_limit_on_the_size_of_files_ends_with_75(
 
 
 def test_train_writes_a_run_folder_with_what_the_design_says(run: Path) -> None:
-    files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()} - {checkpoint.LOCK}
+    files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()} - {LOCK}
     parts = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
     assert files == {
         "hparams.json",
@@ -300,6 +314,7 @@ def test_train_writes_a_run_folder_with_what_the_design_says(run: Path) -> None:
         "metrics.jsonl",
         "loss_curve.png",
         "report.html",
+        "run_id",
         *(f"checkpoints/step-{step:08}/{part}" for step in (3, 6) for part in parts),
     }
 
@@ -377,3 +392,9 @@ def test_tokenizer_train_encode_decode(corpus: Path, tmp_path: Path, capsys: pyt
     assert len(ids) > 10 and all(0 <= int(i) < 400 for i in ids)
     assert main(["tokenizer", "decode", model, *ids]) == 0
     assert capsys.readouterr().out == text + "\n"
+
+
+def test_a_command_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGPIPE)
+    assert main(["evaluate", str(tmp_path / "no-run")]) == 78
+    assert signal.getsignal(signal.SIGPIPE) == before

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from moelet import data, files, sources
-from moelet.data import START, Batch, Piece, Prefetch, Validation
-from moelet.documents import Cursor, Document, Source
+from moelet import data
+from moelet.data import START, Batch, Piece, Validation
 from moelet.errors import UserError
 from moelet.loss import IGNORE
 from moelet.sections import DataSettings
+from moelet.text import files, sources
+from moelet.text.documents import Cursor, Document, Source
+from moelet.text.prefetch import Prefetch
 from moelet.tokenizer import Tokenizer
 
 LENGTH, SIZE = 32, 8

@@ -5,8 +5,9 @@ import torch
 from conftest import needs_kernels
 
 from moelet import generate
-from moelet.decoding import Decoder, can_decode
+from moelet.decoding import Decoded, Decoder, can_decode
 from moelet.generate import Sampling, continuations
+from moelet.inspection.routing import mixtures, watched
 from moelet.modelling import GPT, KVCache
 from moelet.moe import Router
 from moelet.sections import ModelSettings
@@ -73,13 +74,27 @@ def test_logits_are_the_models(changes: dict[str, object], dtype: torch.dtype) -
     assert cache.length == same.length == 20
 
 
+@pytest.mark.parametrize("changes", [{}, {"top_k": 3, "normalize_top_k": True}, {"selection_bias": True}], ids=str)
+@torch.no_grad()
+def test_the_experts_are_the_routers(changes: dict[str, object]) -> None:
+    model = lively(**changes)
+    decoder, cache, same = Decoder(model, torch.float32), KVCache(model.settings), KVCache(model.settings)
+    ids = torch.randint(VOCAB, (3, 9), generator=torch.Generator().manual_seed(1))
+    model(ids[:, :8], None, cache), model(ids[:, :8], None, same)
+    made, want = decoder.decode(ids[:, 8], cache), []
+    with watched([moe.gate for moe in mixtures(model)], lambda layer, router, given, output: want.append(output[:2])):
+        model(ids[:, 8:], None, same)
+    assert made.ids_LBK.tolist() == [ids_BK.tolist() for ids_BK, _ in want]
+    torch.testing.assert_close(made.weights_LBK, torch.stack([weights_BK for _, weights_BK in want]))
+
+
 def test_generation_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model, made = lively(), []
 
     class Counted(Decoder):
-        def logits(self, *arguments: object) -> torch.Tensor:
+        def decode(self, *arguments: object) -> Decoded:
             made.append(1)
-            return super().logits(*arguments)
+            return super().decode(*arguments)
 
     monkeypatch.setattr(generate, "Decoder", Counted)
     prompt = [[4, 5, 6]]

@@ -16,12 +16,12 @@ import pytest
 from pyarrow import parquet
 from reading import assert_resumes_everywhere, read, texts, write_rows
 
-from moelet import decompress, tables
-from moelet import files as text_files
-from moelet.documents import Document, Skipped
 from moelet.errors import UserError
 from moelet.sections import DataSettings
-from moelet.sources import SOURCES
+from moelet.text import decompress, tables
+from moelet.text import files as text_files
+from moelet.text.documents import Document, Skipped
+from moelet.text.sources import SOURCES
 
 
 def files(*patterns: object, field: str = "text") -> DataSettings:
@@ -418,7 +418,29 @@ def test_the_fingerprint_of_files_follows_names_text_and_field(folder: Path) -> 
     assert changed != before
     (folder / "b.md").rename(folder / "c.md")
     assert fingerprint(files(folder)) not in (before, changed)
-    (folder / "long.txt").write_bytes(b"x" * 200_000 + b"y")
-    one_end = fingerprint(files(folder / "long.txt"))
-    (folder / "long.txt").write_bytes(b"x" * 200_000 + b"z")
-    assert fingerprint(files(folder / "long.txt")) != one_end
+    (folder / "long.txt").write_bytes(b"x" * 200_000 + b"y" + b"x" * 200_000)
+    before = fingerprint(files(folder / "long.txt"))
+    (folder / "long.txt").write_bytes(b"x" * 200_000 + b"z" + b"x" * 200_000)
+    assert fingerprint(files(folder / "long.txt")) != before
+
+
+def test_of_more_text_than_is_read_for_it_the_fingerprint_follows_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_files, "SAMPLE", 10)
+    monkeypatch.setattr(text_files, "SAMPLED", 100)
+    data = bytearray(b"x" * 1000)
+
+    def fingerprint() -> str:
+        (tmp_path / "a.txt").write_bytes(data)
+        return SOURCES["files"].fingerprint(files(tmp_path))
+
+    found = [fingerprint()]
+    for place in (0, 9, 113, 999):  # of ten blocks of 10 bytes, evenly spread
+        data[place] ^= 1
+        found.append(fingerprint())
+    assert len(set(found)) == 5
+    data[50] ^= 1
+    assert fingerprint() == found[-1]
+    data.append(0)
+    assert fingerprint() != found[-1]

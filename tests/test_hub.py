@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from reading import read, texts, write_rows
 
-from moelet.documents import Skipped
 from moelet.errors import UserError
 from moelet.sections import DataSettings
-from moelet.sources import SOURCES
+from moelet.text.documents import Skipped
+from moelet.text.sources import SOURCES
 
 
 @pytest.fixture(scope="module", params=["parquet", "jsonl"])

@@ -1,53 +1,22 @@
 """Memory of a training step, counted on paper: every tensor alive, at the reference job's size, without computing."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from moelet.kernels import native, sorted_rows
-from moelet.kernels.sorted_rows import Rows
+from moelet.foresee.tally import Tally
+from moelet.kernels import native
+from moelet.kernels.sorted_rows import fair_shares
 from moelet.loss import linear_cross_entropy
 from moelet.modelling import GPT
 from moelet.optim import adamw
 from moelet.sections import ModelSettings, OptimSettings
 
 GIB = 2**30
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations return and that are still alive; remembers the peak."""
-
-    def __init__(self, existing: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.sizes: dict[StorageWeakRef, int] = {}
-        self.total = 0  # of `sizes`, some of which may be dead
-        self.peak = 0
-        for tensor in existing:
-            self._add(tensor)
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        reference = StorageWeakRef(storage)
-        self.total += storage.nbytes() - self.sizes.get(reference, 0)
-        self.sizes[reference] = storage.nbytes()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for item in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(item, Tensor):
-                self._add(item)
-        if self.total > self.peak:  # only then is it worth to look who is dead
-            self.sizes = {reference: size for reference, size in self.sizes.items() if not reference.expired()}
-            self.total = sum(self.sizes.values())
-            self.peak = max(self.peak, self.total)
-        return result
 
 
 def full_logits(h_TR: Tensor, table_VR: Tensor, labels_T: Tensor) -> Tensor:
@@ -66,7 +35,7 @@ def peak_of_steps(
     model.checkpoint_activations = again
     optimizer = adamw(model, OptimSettings())
     ids = torch.zeros(batch, settings.max_length, dtype=torch.int64)
-    with LiveBytes(model.parameters()) as counted:
+    with Tally(model.parameters()) as counted:
         for _ in range(2):
             with torch.autocast("cpu", dtype):
                 output = model(ids)
@@ -80,15 +49,10 @@ def peak_of_steps(
     return counted.peak
 
 
-def fair_share(rows: Rows) -> list[int]:
-    n_experts = rows.bounds.shape[0] - 1
-    return [rows.choice_N.shape[0] // n_experts] * n_experts
-
-
 @pytest.fixture
-def even_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fake tensors have no values to count, so every expert gets its fair share."""
-    monkeypatch.setattr(sorted_rows, "rows_per_expert", fair_share)
+def even_load() -> Iterator[None]:
+    with fair_shares():
+        yield
 
 
 def test_counting_fakes_equals_counting_real_tensors(even_load: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,7 +162,7 @@ def test_the_progress_line_says_all_there_is_to_know() -> None:
 
 def test_the_progress_line_tells_of_overflows_and_of_what_is_not_known_yet() -> None:
     line = progress_line({**ROW, "loss_scale": 32768.0, "skipped_steps": 3}, None, None)
-    assert "scale 32768, 3 skipped" in line
+    assert "scale 32768 | 3 skipped" in line
     assert line.startswith(f"step {ROW['step']} |") and "left" not in line and "%" not in line
     assert "scale" not in progress_line({**ROW, "loss_scale": 65536.0, "skipped_steps": 0}, 200, 3725)
 

@@ -108,6 +108,27 @@ def test_steps_by_the_formula(exact: None, shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(weight.detach(), want, rtol=1e-5, atol=1e-5)
 
 
+def test_every_third_step_a_matrix_moves_as_in_three(exact: None) -> None:
+    """They take turns, keep the momentum of all gradients, and a group's step says whose turn it is."""
+    matrices = [nn.Parameter(normal(16, 40, seed=k)) for k in range(4)]
+    optimizer = one_group(*matrices, lr=0.1, decay=0.5)
+    (group,) = optimizer.param_groups
+    group["every"] = 3
+    momentum = torch.zeros(16, 40)
+    for step in range(5, 11):
+        group["step"] = step
+        before = [matrix.detach().clone() for matrix in matrices]
+        gradient = normal(16, 40, seed=step)
+        for matrix in matrices:
+            matrix.grad = gradient.clone()
+        optimizer.step()
+        momentum = MOMENTUM * momentum + (1 - MOMENTUM) * gradient
+        turned = orthogonalize((MOMENTUM * momentum + (1 - MOMENTUM) * gradient)[None])[0]
+        for k, (matrix, old) in enumerate(zip(matrices, before, strict=True)):
+            moved = (k + step) % 3 == 0
+            torch.testing.assert_close(matrix.detach(), 0.85 * old - 0.3 * turned if moved else old)
+
+
 def test_the_first_step_is_the_nearest_orthogonal_matrix(exact: None) -> None:
     """Against the singular value decomposition itself, tall and flat."""
     for shape in ((12, 30), (30, 12)):

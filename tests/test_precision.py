@@ -45,9 +45,21 @@ def test_emulated_bf16_is_refused(capability: tuple[int, int], monkeypatch: pyte
         choose_dtype("bf16", CUDA)
 
 
-@pytest.mark.parametrize(("has_bf16", "want"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_format_of_a_cpu(has_bf16: bool, want: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("has_bf16", "seconds", "want"),
+    [
+        (True, [1.0, 2.0], torch.bfloat16),
+        (True, [1.8, 1.0], torch.float32),  # as Intel's with avx512_bf16 and without AMX
+        (False, [1.0, 2.0], torch.float32),
+    ],
+)
+def test_format_of_a_cpu(
+    has_bf16: bool, seconds: list[float], want: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told to choose, it takes the faster format; told which, it takes that."""
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(precision, "product_seconds", lambda *formats: seconds)
+    monkeypatch.setattr(precision, "cpu_gains_by_bf16", precision.cpu_gains_by_bf16.__wrapped__)
     assert choose_dtype("auto", CPU) == want
     if has_bf16:
         assert choose_dtype("bf16", CPU) == torch.bfloat16
@@ -74,8 +86,10 @@ def test_cpu_has_bf16(capabilities: dict[str, bool], want: bool, monkeypatch: py
     assert precision.cpu_has_bf16() is want
 
 
-def test_cpu_has_bf16_on_this_machine() -> None:
-    assert precision.cpu_has_bf16() in (True, False)
+def test_what_is_timed_is_a_time() -> None:
+    narrow, wide = precision.product_seconds(torch.bfloat16, torch.float32)
+    assert narrow > 0 and wide > 0
+    assert not precision.cpu_gains_by_bf16() or precision.cpu_has_bf16()
 
 
 def test_only_fp16_has_a_scaler() -> None:

@@ -12,15 +12,17 @@ import pytest
 from conftest import TinySettings
 from reading import read
 
-from moelet import metrics, prepare, shards, train
+from moelet import metrics, prepare, train
 from moelet.cli import main
 from moelet.console import Progress
 from moelet.data import START, training_rows
-from moelet.documents import Document, Prepared, Skipped
 from moelet.errors import TemporaryError, UserError
 from moelet.hparams import Hparams, make_hparams, read_hparams
 from moelet.sections import TokenizerSettings
-from moelet.sources import SOURCES
+from moelet.storage.disk import sealed
+from moelet.text import shards
+from moelet.text.documents import Document, Prepared, Skipped
+from moelet.text.sources import SOURCES
 from moelet.tokenizer import Tokenizer
 
 
@@ -215,7 +217,7 @@ def test_training_refuses_another_tokenizer_or_other_pieces(folder: Path, tokeni
     assert train.make_tokenizer(given).fingerprint == Tokenizer.load(folder / "tokenizer.model").fingerprint
 
 
-@pytest.mark.parametrize("damage", ["manifest", "array", "length", "gone", "object"])
+@pytest.mark.parametrize("damage", ["manifest", "array", "length", "gone", "object", "header"])
 def test_damage_is_seen(folder: Path, damage: str) -> None:
     array = folder / "shard-00000" / "piece_ends.npy"
     content = bytearray(array.read_bytes())
@@ -229,6 +231,8 @@ def test_damage_is_seen(folder: Path, damage: str) -> None:
         array.write_bytes(content[:-8])
     elif damage == "gone":
         array.unlink()
+    elif damage == "header":
+        array.write_bytes(content.replace(b"}", b"(", 1))
     else:
         with open(array, "wb") as file:
             np.save(file, np.array([{}], dtype=object), allow_pickle=True)
@@ -237,6 +241,17 @@ def test_damage_is_seen(folder: Path, damage: str) -> None:
             shards.Shards(folder)
     with pytest.raises(UserError, match="repare"):
         shards.verify(folder)
+
+
+def test_a_manifest_says_all_that_is_read(folder: Path) -> None:
+    """Also one that somebody has sealed anew."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    manifest.pop("sha256")
+    for name in manifest:
+        path.write_bytes(sealed({key: value for key, value in manifest.items() if key != name}))
+        with pytest.raises(UserError, match=f"damaged or of another version.*{name}"):
+            shards.Shards(folder)
 
 
 def test_preparing_again_verifies(hparams: Hparams, folder: Path) -> None:

@@ -14,17 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import TinySettings
 
-from moelet import calibrate, metrics, planning, study, workers
+from moelet import metrics
 from moelet.budget import Clock
 from moelet.cli import main
 from moelet.console import Progress
 from moelet.errors import UserError
 from moelet.hparams import make_hparams
-from moelet.planning import Planner, Request
-from moelet.prove import Study
-from moelet.study import Done, Job
+from moelet.study import calibrate, planning, study, workers
+from moelet.study.findings import findings as make_findings
+from moelet.study.planning import Planner, Request
+from moelet.study.prove import Study
+from moelet.study.study import Done, Job
 
 HORIZONS, SEEDS = [0.5, 1.0], [0, 1]
 begin_worker = workers._begin
@@ -41,7 +44,7 @@ def quick_worker(threads: int) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _quick() -> Iterator[None]:
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["moelet.prove"])
+    server.set_forkserver_preload(["moelet.study.prove"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workers, "CONTEXT", server)
         patch.setattr(workers, "_begin", quick_worker)
@@ -159,15 +162,16 @@ def test_a_finished_study_is_not_trained_again(done: Path, capsys: pytest.Captur
     assert findings(done)["comparisons"][0]["sentence"] in capsys.readouterr().out
 
 
-def when_training(folder: Path, act: Callable[[], None]) -> threading.Thread:
-    """Call `act` from a thread as soon as a job that isn't done has made a step."""
+def when_training(folder: Path, act: Callable[[], bool]) -> threading.Thread:
+    """Call `act` from a thread once a job that isn't done has made a step, until it says that it did something."""
 
     def watch() -> None:
-        limit = time.monotonic() + 30
+        limit = time.monotonic() + 60
         while time.monotonic() < limit:
             paths = list((folder / "jobs").glob("*/*/metrics.jsonl"))
-            if any(path.stat().st_size and workers.result_of(path.parent) is None for path in paths):
-                return act()
+            begun = any(path.stat().st_size and workers.result_of(path.parent) is None for path in paths)
+            if begun and act():
+                return
             time.sleep(0.002)
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -175,9 +179,17 @@ def when_training(folder: Path, act: Callable[[], None]) -> threading.Thread:
     return thread
 
 
-def kill_workers() -> None:
-    for process in multiprocessing.active_children():
+def interrupt() -> bool:
+    os.kill(os.getpid(), signal.SIGINT)
+    return True
+
+
+def kill_workers() -> bool:
+    """The job that was interrupted before has made its steps already, so there may be no worker yet."""
+    processes = multiprocessing.active_children()
+    for process in processes:
         process.kill()
+    return bool(processes)
 
 
 def test_interrupted_and_killed_a_plan_gives_the_same_losses(
@@ -189,7 +201,7 @@ def test_interrupted_and_killed_a_plan_gives_the_same_losses(
     first = ["prove", "--plan", str(tmp_path / study.PLAN), "--run", str(folder)]
     again = ["prove", "--run", str(folder)]
 
-    when_training(folder, lambda: os.kill(os.getpid(), signal.SIGINT))
+    when_training(folder, interrupt)
     assert main(first) == 130
     assert f"Go on with: python -m moelet prove --run {folder}" in capfd.readouterr().err
     assert not (folder / "prove.json").exists()
@@ -241,7 +253,37 @@ def test_an_arm_whose_every_rate_diverges_is_named(done: Path, tmp_path: Path) -
         study_in(tmp_path, plan).settle()
 
 
+def test_an_arm_with_a_diverged_run_is_left_out_and_the_others_go_on(done: Path, tmp_path: Path) -> None:
+    plan = study.read_plan(done / study.PLAN)
+    going = study_in(tmp_path, plan)
+
+    def diverge(arm: study.Arm) -> None:
+        ended = Future[str | None]()
+        ended.set_result("the gradient norm is nan.")
+        going.running[ended] = (Job(arm.folder, 1.0, 0, 1.0), 0.0)
+        going._finish(ended, stopping=False)
+
+    diverge(plan.arms[2])
+    assert plan.arms[2] not in plan.standing and plan.arms[2].folder not in {job.arm for job in study.matrix(plan)}
+    assert plan.notes[-1].startswith(f"{plan.arms[2].name} is left out: job {plan.arms[2].folder}/1-0: the gradient")
+    kept = {job: Done(1, 1.0, 1.0, [(1, 1.0, 1.0)]) for job in study.matrix(plan)}
+    assert {side["name"] for side in make_findings(plan, kept)["sides"]} == {arm.name for arm in plan.standing}
+    with pytest.raises(UserError, match=f"no verdict without '{plan.arms[0].name}'"):
+        diverge(plan.arms[0])  # with which all others are compared
+
+
 # time
+
+
+def test_what_trains_most_together_is_chosen(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planner = Planner(Request(file), Progress(), Clock(0.0, 0.0))
+    plan = planner._draft(planner.changes)
+    rates = {(1, 4): 900.0, (2, 2): 1400.0, (4, 1): 1200.0}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert planner._ways() == list(rates)
+    monkeypatch.setattr(planning, "together", lambda way, count, *_: rates[way] if count == way[0] else 800.0)
+    planner._choose_way({way: way for way in rates}, plan)  # type: ignore[misc]
+    assert (plan.jobs, plan.threads, plan.side_by_side) == (2, 2, 1400 / 800)
 
 
 class Now:
@@ -297,7 +339,7 @@ def test_a_twin_of_equal_time_next_to_another_is_left_out_with_a_word(file: Path
 
 def test_seeds_are_left_out_when_the_clock_runs_ahead(done: Path) -> None:
     plan = study.read_plan(done / study.PLAN)
-    plan.seeds = [0, 1, 2, 3]
+    plan.seeds, plan.side_by_side = [0, 1, 2, 3], 1.0
     for arm in plan.arms:
         arm.tokens_per_second = 100.0
     first = {seed: next(job for job in study.matrix(plan) if job.seed == seed) for seed in plan.seeds}

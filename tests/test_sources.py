@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from reading import assert_resumes_everywhere, read, write_rows
 
-from moelet.documents import Document, Skipped
 from moelet.errors import UserError
 from moelet.sections import DataSettings, MixedSource
-from moelet.sources import SOURCES, mix_shares
+from moelet.text.documents import Document, Skipped
+from moelet.text.sources import SOURCES, mix_shares
 
 
 def test_embedded_is_the_standard_library_and_resumes() -> None:

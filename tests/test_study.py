@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import TINY
 
-from moelet import arms, calibrate, study
 from moelet.errors import UserError
 from moelet.hparams import Hparams, make_hparams, read_hparams
 from moelet.modelling import GPT
-from moelet.study import Arm, Job, Plan
+from moelet.study import arms, calibrate, study
+from moelet.study.study import Arm, Job, Plan
 
 VOCABULARY = 400
 
@@ -194,7 +194,7 @@ def test_a_job_has_its_own_length_rates_and_seed(file: Path) -> None:
     assert (found.total_steps, found.train.seed) == (50, 7)
     assert (found.optim.lr, found.optim.min_lr, found.optim.embed_lr, found.optim.muon_lr) == (0.02, 0.002, 0.2, None)
     assert (found.data.source, found.data.files, found.tokenizer.file) == ("prepared", ["/x"], None)
-    assert found.train.eval_steps is None and found.train.sample_prompt is None
+    assert found.train.eval_steps is None and found.train.sample_prompt is None and found.train.track is None
     whole = study.job_settings(plan, Job("moe", 1.0, 0, 1.0), {})
     assert whole.total_steps == 100 and whole.train.eval_steps == 20
 

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from conftest import TinySettings
 
-from moelet import checkpoint, train
+from moelet import train
 from moelet.console import Progress
 from moelet.errors import TemporaryError
 from moelet.hparams import make_hparams
-from moelet.peers import AnyIds
+from moelet.speed.peers import AnyIds
+from moelet.storage import checkpoint, manifest
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -42,7 +43,7 @@ def test_first_and_last_step_are_logged_and_the_last_is_evaluated_and_saved(
     assert [row["step"] for row in made] == [1, 4, 5, 8, 10, 12]
     assert [row["step"] for row in made if "val_loss" in row] == [4, 8, 12]
     better = {row["step"] for row in made if "val_loss" in row}  # a tiny model improves at each evaluation
-    assert set(checkpoint.checkpoint_steps(tmp_path / "run")) == {3, 6, 9, 12} | better
+    assert set(manifest.checkpoint_steps(tmp_path / "run")) == {3, 6, 9, 12} | better
     assert all(earlier["tokens"] < later["tokens"] for earlier, later in itertools.pairwise(made))
     assert made[-1]["documents"] > 0 and made[-1]["padding"] < 0.1
 
@@ -86,7 +87,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(settings: dict[str, Any],
     train.start(make_hparams(settings), run, Progress())
     evaluated = {row["step"]: row["val_loss"] for row in rows(run) if "val_loss" in row}
     best = min(evaluated, key=lambda step: evaluated[step])
-    assert set(checkpoint.checkpoint_steps(run)) == {best, 24}
+    assert set(manifest.checkpoint_steps(run)) == {best, 24}
 
 
 NEW_SETTINGS: list[dict[str, Any]] = [

@@ -10,7 +10,6 @@ import torch
 from conftest import TinySettings
 
 from moelet import metrics, train
-from moelet.checkpoint import checkpoint_steps, load, load_run_settings, newest, read
 from moelet.cli import main
 from moelet.console import Progress
 from moelet.data import Batch, collate, read_validation
@@ -18,6 +17,8 @@ from moelet.errors import UserError
 from moelet.evaluate import evaluate
 from moelet.hparams import make_hparams
 from moelet.step import Training, build, restore, train_step
+from moelet.storage.checkpoint import load, load_run_settings, newest, read
+from moelet.storage.manifest import checkpoint_steps
 from moelet.upcycle import upcycle
 
 

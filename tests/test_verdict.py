@@ -5,7 +5,19 @@ import random
 
 import pytest
 
-from moelet.verdict import BETTER, TIE, WORSE, Arm, Crossing, compare, crossing, outcome, sentence, spread, verdict
+from moelet.study.verdict import (
+    BETTER,
+    TIE,
+    WORSE,
+    Arm,
+    Crossing,
+    compare,
+    crossing,
+    outcome,
+    sentence,
+    spread,
+    verdict,
+)
 
 WINS = ("reaches", "better", "faster", "pays", "beats", "wins", "ahead")
 

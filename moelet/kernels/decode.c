@@ -107,12 +107,12 @@ static void attend(const network *p, const layer *l, int64_t b, int64_t length, 
 
 /* The chosen experts' weighted sum for one token. `hidden` is (K, 2, F). */
 static void feed_forward(const network *p, const layer *l, const float *x, int64_t *ids, float *weights,
-                         float *probability, float *hidden, float *out, float *y) {
+                         float *hidden, float *out, float *y) {
     int64_t D = p->width, F = p->hidden;
 #pragma omp single
     {
         routing r = {1, D, p->experts, p->chosen, p->normalize};
-        float scores[p->experts];
+        float scores[whole_vectors(p->experts)], probability[whole_vectors(p->experts)];
         for (int64_t e = 0; l->router && e < p->experts; e++) {
             vec dot = {0};
             for (int64_t d = 0; d < D; d += LANES) dot += load_floats(x + d) * load_floats(l->router + e * D + d);
@@ -163,17 +163,17 @@ static void project(const network *p, const float *x, float *features) {
     }
 }
 
-/* Logits (batch, V) of the tokens `ids` (batch) at `position`; their keys and values enter the cache. */
-void decode(const network *p, const int64_t *ids, int64_t batch, int64_t position, float *logits, int threads) {
+/* Logits (batch, V) of the tokens `ids` (batch) at `position`, and the experts that each layer chose for them, with
+ * their weights, (layers, batch, K); their keys and values enter the cache. */
+void decode(const network *p, const int64_t *ids, int64_t batch, int64_t position, float *logits, int64_t *chosen,
+            float *weights, int threads) {
     int64_t D = p->width, F = p->hidden, R = p->rank;
-    int64_t sizes[] = {D, D, D, D, D, D, D, 2 * F, p->heads * p->context, R, p->chosen, p->experts}, total = 0;
+    int64_t sizes[] = {D, D, D, D, D, D, D, 2 * F, p->heads * p->context, R}, total = 0;
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) total += sizes[i];
     float *room = aligned_alloc(64, (total * sizeof(float) + 63) / 64 * 64);
-    int64_t *chosen = malloc(p->chosen * sizeof(int64_t));
-    if (!room || !chosen) abort();
+    if (!room) abort();
     float *x = room, *normed = x + D, *q = normed + D, *k = q + D, *v = k + D, *y = v + D, *out = y + D;
     float *hidden = out + D, *scores = hidden + 2 * F, *features = scores + p->heads * p->context;
-    float *weights = features + R, *probability = weights + p->chosen;
 #pragma omp parallel num_threads(threads)
     for (int64_t b = 0; b < batch; b++) {
         embed(p, ids[b], position, x);
@@ -186,12 +186,13 @@ void decode(const network *p, const int64_t *ids, int64_t batch, int64_t positio
             times(l->o, D, D, y, out);
             add(p, x, out);
             rms_norm(p, x, l->post_norm, normed);
-            feed_forward(p, l, normed, chosen, weights, probability, hidden, out, y);
+            int64_t route = ((l - p->layer) * batch + b) * p->chosen;
+            feed_forward(p, l, normed, chosen + route, weights + route, hidden, out, y);
             add(p, x, y);
         }
         rms_norm(p, x, p->norm, normed);
         project(p, normed, features);
         times(p->table, p->pieces, R, features, logits + b * p->pieces);
     }
-    free(room), free(chosen);
+    free(room);
 }

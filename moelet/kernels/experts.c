@@ -54,6 +54,15 @@ INLINE unit rounded(float a, float b) {
 #endif
 }
 
+/* The next LANES units of a row. */
+INLINE uvec rounded_units(const float *from) {
+    num part[LANES * PER_UNIT];
+    for (int64_t i = 0; i < LANES * PER_UNIT; i += LANES) store(part + i, load_floats(from + i));
+    uvec units;
+    memcpy(&units, part, sizeof units);
+    return units;
+}
+
 /* For rows times the transposed matrices (E, O, I): panels of O columns, I units deep. For rows times the matrices:
  * panels of I columns, O units deep. */
 void pack_matrices(const float *matrices, int64_t n_experts, int64_t O, int64_t I, int transposed, unit *to,
@@ -66,7 +75,16 @@ void pack_matrices(const float *matrices, int64_t n_experts, int64_t O, int64_t 
             unit *own = to + e * each;
             if (transposed) {
                 unit *columns = own + in_panels(panel, 0, o);
-                for (int64_t i = 0; i < I; i += PER_UNIT, columns += TILE_COLUMNS)
+                int64_t i = 0;
+#ifdef TRANSPOSES
+                for (; i + LANES * PER_UNIT <= I; i += LANES * PER_UNIT) {
+                    uvec v[LANES];
+                    for (int64_t r = 0; r < LANES; r++) v[r] = rounded_units(from + r * I + i);
+                    transpose(v);
+                    for (int64_t k = 0; k < LANES; k++, columns += TILE_COLUMNS) store_units(columns, v[k]);
+                }
+#endif
+                for (; i < I; i += PER_UNIT, columns += TILE_COLUMNS)
                     for (int64_t r = 0; r < LANES; r++)
                         columns[r] = rounded(from[r * I + i], from[r * I + i + PER_UNIT - 1]);
                 continue;

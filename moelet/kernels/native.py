@@ -12,6 +12,9 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -129,8 +132,23 @@ def usable(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
     return plain and why_not(dtype) is None
 
 
+_OFF = ContextVar("whether kernels are switched off", default=False)
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Have torch's operations do what kernels would."""
+    token = _OFF.set(True)
+    try:
+        yield
+    finally:
+        _OFF.reset(token)
+
+
 def why_not(dtype: torch.dtype) -> str | None:
     """Return why there are no kernels for `dtype` on this machine, None where there are."""
+    if _OFF.get():
+        return "they are switched off"
     found = _load(dtype)
     return found if isinstance(found, str) else None
 

@@ -136,6 +136,28 @@ INLINE uvec interleaved(vec first, vec second) {
 #endif
 }
 
+#ifdef __has_builtin
+#if __has_builtin(__builtin_shufflevector) /* GCC 12, Clang */
+#define TRANSPOSES
+/* In each square of 2s rows and columns, exchanges the two quarters off the diagonal. */
+#define EXCHANGE(s, a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p)                                                   \
+    UNROLL for (int row = 0; row < LANES; row++) if (!(row & s)) {                                                    \
+        uvec up = v[row], low = v[row + s];                                                                           \
+        v[row] = __builtin_shufflevector(up, low, a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p);                    \
+        v[row + s] = __builtin_shufflevector(up, low, a + s, b + s, c + s, d + s, e + s, f + s, g + s, h + s, i + s,  \
+                                             j + s, k + s, l + s, m + s, n + s, o + s, p + s);                        \
+    }
+
+/* Rows become columns. */
+INLINE void transpose(uvec *v) {
+    EXCHANGE(8, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
+    EXCHANGE(4, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27)
+    EXCHANGE(2, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+    EXCHANGE(1, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
+}
+#endif
+#endif
+
 /* Columns of panels from n_rows rows of n numbers. What a half unit lacks is 0. */
 INLINE void transpose_units(const num *rows, int64_t stride, int64_t n_rows, int64_t n, unit *to, int64_t panel) {
     int64_t whole = n / PER_UNIT;

@@ -47,8 +47,9 @@ class Route(torch.autograd.Function):
         log_totals_T = matrix_ED.new_empty(n_tokens)
         sums = matrix_ED.new_empty(2 * n_experts + 3)
         partial = matrix_ED.new_empty(-(-n_tokens // BLOCK), len(sums))
+        columns = matrix_ED.new_empty(x_TD.shape[1], -(-n_experts // LANES) * LANES)
         problem = _Routing(*x_TD.shape, n_experts, top_k, normalize)
-        results = (ids_TK, weights_TK, probability_TE, log_totals_T, sums, partial)
+        results = (ids_TK, weights_TK, probability_TE, log_totals_T, sums, partial, columns)
         library(x_TD.dtype).route(
             ctypes.byref(problem), *map(address, (x_TD, matrix_ED, bias_E, real_T, *results)), threads()
         )

@@ -11,6 +11,8 @@ padded; I and O the widths of a product's input and output.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -191,9 +193,26 @@ def _sum_choices(rows_ND: Tensor, rows: Rows, weights_TK: Tensor | None, dtype: 
 BATCHED = Kernels(_batched_block_rows, _batched_products, _batched_outer_sums, _sum_choices, padded=True)
 
 
+_FAIR = ContextVar("whether every expert counts as having as many rows as any other", default=False)
+
+
+@contextmanager
+def fair_shares() -> Iterator[None]:
+    """Have every expert get as many rows as any other: tensors without values leave nothing to count."""
+    token = _FAIR.set(True)
+    try:
+        yield
+    finally:
+        _FAIR.reset(token)
+
+
 def rows_per_expert(rows: Rows) -> list[int]:
     """Return how many rows each expert has; the host waits for it."""
-    return rows.bounds.diff().tolist()
+    if not _FAIR.get():
+        return rows.bounds.diff().tolist()
+    n_experts = rows.bounds.shape[0] - 1
+    each, over = divmod(rows.choice_N.shape[0], n_experts)
+    return [each + (expert < over) for expert in range(n_experts)]
 
 
 def _grouped_block_rows(x_TD: Tensor, n_rows: int, n_experts: int) -> int:

@@ -1,0 +1,1 @@
+"""`moelet serve`: runs behind a web page and OpenAI's completions."""

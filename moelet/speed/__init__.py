@@ -1,0 +1,1 @@
+"""Speed beside that of peers and of the machine: `moelet bench`."""

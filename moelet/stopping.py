@@ -1,0 +1,79 @@
+"""What signals ask of a run, and how long work is left off when one asks to stop. Needs no torch."""
+
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import TypeVar
+
+T = TypeVar("T")
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a scheduler or a machine's end, a closed terminal
+PATIENT = 2  # signals that ask to stop and are answered by a checkpoint: many a scheduler sends its own twice
+
+
+class StopAsked(Exception):
+    """A signal asked to stop in the middle of work that is to be left off."""
+
+
+class Asked:
+    """What signals have asked for so far."""
+
+    def __init__(self) -> None:
+        self.signals: list[int] = []
+        self.save = False  # by SIGUSR1: a checkpoint after this step; the run goes on
+
+    @property
+    def stop(self) -> int | None:
+        """The signal that first asked to stop."""
+        return self.signals[0] if self.signals else None
+
+    def __bool__(self) -> bool:
+        return bool(self.signals)
+
+
+@contextmanager
+def stop_signals() -> Iterator[Asked]:
+    """Note what signals ask for, for the loop to see. The third that asks to stop ends the process at once.
+
+    SIGHUP stays ignored where it is, as nohup has it.
+    """
+    asked = Asked()
+
+    def note_stop(number: int, frame: FrameType | None) -> None:
+        if len(asked.signals) >= PATIENT:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        asked.signals.append(number)
+        left = PATIENT + 1 - len(asked.signals)
+        _tell(f"stopping, saving first; {'once' if left == 1 else 'twice'} more to stop at once, unsaved")
+
+    def note_save(number: int, frame: FrameType | None) -> None:
+        asked.save = True
+        _tell("saving after this step, then going on")
+
+    handlers = {number: note_stop for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN}
+    handlers |= {signal.SIGINT: note_stop, signal.SIGUSR1: note_save}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tell(line: str) -> None:
+    with suppress(OSError):  # the terminal may be what went away
+        os.write(2, f"\n{line}\n".encode())
+
+
+def never() -> bool:
+    return False
+
+
+def until(asked: Callable[[], bool], items: Iterable[T]) -> Iterator[T]:
+    """Yield the items; raise StopAsked before the next one as soon as `asked()`."""
+    for item in items:
+        if asked():
+            raise StopAsked
+        yield item

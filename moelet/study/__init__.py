@@ -1,0 +1,1 @@
+"""Does it pay? `moelet prove`: a plan, runs, a verdict."""
