@@ -138,6 +138,13 @@ MUTANTS = [
         "tests/faults/test_disk_full.py::test_the_disk_is_full_for_a_while",
     ),
     Mutant(
+        "a run that ends with the reader of what it says",
+        "moelet/console.py",
+        "console or _Unheard(",
+        "console or Console(",
+        "tests/faults/test_disk_full.py::test_the_reader_of_what_a_run_says_goes_away",
+    ),
+    Mutant(
         "a last save that fails with nothing parked",
         "moelet/storage/saving.py",
         "                raise self._parked(made, error) from error",

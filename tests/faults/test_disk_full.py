@@ -258,6 +258,31 @@ def test_what_a_run_says_goes_to_a_full_disk(trials: Trials) -> None:
 
 
 @pytest.mark.check(3)
+def test_the_reader_of_what_a_run_says_goes_away(trials: Trials, settings: dict[str, Any], tmp_path: Path) -> None:
+    """As in `moelet train ... | head`: training goes on without being heard, and the exit code is the run's."""
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(settings))
+
+    def work() -> None:
+        heard, says = os.pipe()
+        os.close(heard)
+        os.dup2(says, 1), os.dup2(says, 2)
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+        metrics.RATE_SECONDS = 0.0
+        metrics.RATE_SIZE["cpu"] = 8
+        code = main(["train", str(path), "--run", str(tmp_path / "run")])
+        sys.stdout.flush(), sys.stderr.flush()  # as an interpreter does at its end
+        os._exit(code)
+
+    trials.count(small=1, full=1)
+    with trials.one("nobody hears it"):
+        assert in_a_child(work) == 0
+        assert checkpoint_steps(tmp_path / "run") == [4, 6] and (tmp_path / "run" / "report.html").exists()
+    with trials.one("nobody hears that it failed"):
+        assert in_a_child(work) == 78
+
+
+@pytest.mark.check(3)
 def test_a_real_limit_on_the_size_of_files(trials: Trials, settings: dict[str, Any], tmp_path: Path) -> None:
     """A run that can't write its optimizer's file trains to its end, says so, parks its weights and ends with 75."""
     trials.count(small=1, full=1)
