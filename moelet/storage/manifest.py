@@ -271,6 +271,29 @@ def retain(run: Path, keep: int, best: int | None, good: int | None = None) -> N
             (run / UNSAVED).unlink(missing_ok=True)
 
 
+def make_room(run: Path, best: int | None) -> list[int]:
+    """Remove the run's own checkpoints that are older than the newest one that verifies, but the best, which is that of
+    step `best` or what the newest one says; return their steps.
+    """
+    try:
+        run_id = run_id_of(run)
+    except UserError:  # as in `retain`
+        return []
+    own = [step for step, folder in folders(run) if owner_of(folder) == run_id]
+    good = next((step for step in reversed(own) if fault(folder_of(run, step)) is None), None)
+    if good is None:
+        return []
+    noted = read_state(run, good).get("best")
+    kept = {best, good, noted.get("step") if isinstance(noted, dict) else None}
+    removed = []
+    for step in own[: own.index(good)]:
+        if step not in kept:
+            with suppress(OSError):
+                _remove(folder_of(run, step))
+                removed.append(step)
+    return removed
+
+
 def sweep(run: Path) -> None:
     """Remove what interrupted saves and removals left behind; to be called by the holder of the run's lock."""
     for leftover in (run / "checkpoints").glob("step-*.tmp-*"):
