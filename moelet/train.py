@@ -6,6 +6,7 @@ What is done at each step is `moelet.session`'s.
 
 import math
 import os
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -44,7 +45,7 @@ from moelet.storage import checkpoint
 from moelet.storage.checkpoint import HPARAMS, TOKENIZER, load_run_settings
 from moelet.storage.disk import write_file
 from moelet.storage.lock import LOCK, Held, lock
-from moelet.storage.manifest import checkpoint_steps, folders, name_run, read_state, sweep
+from moelet.storage.manifest import UNSAVED, checkpoint_steps, folders, name_run, note_unsaved, read_state, sweep
 from moelet.text.documents import Cursor
 from moelet.text.prefetch import Reader
 from moelet.text.shards import folder_of, read_manifest
@@ -149,14 +150,30 @@ def start(hparams: Hparams, run: Path, progress: Progress, began: float | None =
         if folders(run):
             raise UserError(
                 f"{run} holds a run with checkpoints. A new run needs a folder of its own: give another --run, or go "
-                f"on with this one: python -m moelet train --resume {run}"
+                f"on with this one: python -m moelet train --resume {shlex.quote(str(run))}"
             )
+        refuse_to_forget(run)
         train(_fresh(pinned(hparams), run, progress), run, progress, clock, held)
+
+
+def refuse_to_forget(run: Path) -> None:
+    """Raise UserError for a folder without checkpoints whose run has had some: they are elsewhere for the moment.
+
+    A run that was killed before its first one has a note of that, and starts over.
+    """
+    if (run / UNSAVED).exists() or not any((run / name).exists() for name in (METRICS_FILE, TOKENIZER)):
+        return
+    raise UserError(
+        f"{run} holds a run that has had checkpoints, and {run / 'checkpoints'} holds none now. To go on it needs them. "
+        "Nothing was changed. Put them back (is a disk not mounted, was the folder moved?) and run the same command "
+        f"again; to start over, begin a new run: python -m moelet train {shlex.quote(str(run / HPARAMS))} --run ANOTHER."
+    )
 
 
 def _fresh(hparams: Hparams, run: Path, progress: Progress) -> Training:
     """Return a run at its first step: its folder cleared of what an earlier try left, its tokenizer made, its batch
     size found."""
+    note_unsaved(run)
     for leftover in (METRICS_FILE, TOKENIZER, ACCEPTED):
         (run / leftover).unlink(missing_ok=True)
     sweep(run)
@@ -204,6 +221,7 @@ def resume(
             if total == training.step:
                 progress.say("this run is finished: nothing is left to train, whatever the time.")
         else:
+            refuse_to_forget(run)
             progress.say(f"{run} has no checkpoint yet: starting over.")
             training = _fresh(hparams, run, progress)
         train(training, run, progress, Clock(spent, time.monotonic() if began is None else began), held)

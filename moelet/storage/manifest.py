@@ -22,6 +22,7 @@ from moelet.storage.intake import LARGEST_JSON, open_inside, parse_json, size_of
 FORMAT = 1
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 PARTS, RUN_ID = (MODEL, OPTIMIZER, STATE), "run_id"
+UNSAVED = "unsaved"  # a file that is in a run's folder until its first checkpoint is
 LARGEST = 2**44  # bytes of a file of tensors, which are held against the machine's memory later
 T = TypeVar("T")
 
@@ -43,6 +44,11 @@ def name_run(run: Path) -> str:
     run_id = uuid.uuid4().hex[:16]
     write_file(run / RUN_ID, run_id.encode())
     return run_id
+
+
+def note_unsaved(run: Path) -> None:
+    """Note that the run in a folder has no checkpoint yet: there is nothing of it that starting over could lose."""
+    write_file(run / UNSAVED, b"No checkpoint of this run has been written yet.\n")
 
 
 def run_id_of(run: Path) -> str:
@@ -260,6 +266,9 @@ def retain(run: Path, keep: int, best: int | None, good: int | None = None) -> N
             with suppress(OSError):
                 _remove(damaged)
     sweep(run)
+    if good is not None:
+        with suppress(OSError):
+            (run / UNSAVED).unlink(missing_ok=True)
 
 
 def sweep(run: Path) -> None:
