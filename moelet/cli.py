@@ -5,6 +5,7 @@ interrupted, once training has begun with everything saved. Commands import what
 --help is quick.
 """
 
+import shlex
 import signal
 import sys
 import time
@@ -153,7 +154,7 @@ def prepare(
         ("shards", f"{len(made['shards'])}"),
     ]
     print("\n".join(table(str(out), rows)))
-    print(f"train   python -m moelet train {out / 'hparams.json'}")
+    print(f"train   python -m moelet train {shlex.quote(str(out / 'hparams.json'))}")
     write_json(json_file, {key: made[key] for key in ("items", "bytes", "tokens", "vocab_size")})
 
 

@@ -1,6 +1,7 @@
 """`moelet plan`: what it says of a run is what the run has, takes and needs."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -310,13 +311,13 @@ def test_plan_needs_no_data(
 def test_plan_proposes_settings_that_train(
     settings_file: Path, tried: list[Hparams], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, made = tmp_path / "plan.json", tmp_path / "ready.json"
+    out, made = tmp_path / "plan.json", tmp_path / "ready to go.json"
     command = ["plan", str(settings_file), "--hours", "4000", "--gpus", "L4", "--json", str(out), "--out", str(made)]
     assert main(command) == 0
     proposal, said = json.loads(out.read_text())["proposals"][0], capsys.readouterr().out
     assert proposal["tokens_per_active_parameter"] >= 20
     assert json.loads(made.read_text()) == proposal["settings"]
-    assert f"--set model.d_model={proposal['d_model']}" in said and f"moelet train {made}" in said
+    assert f"--set model.d_model={proposal['d_model']}" in said and f"moelet train {shlex.quote(str(made))}" in said
 
 
 def test_plan_for_a_card_that_is_not_here(settings_file: Path, tmp_path: Path, tried: list[Hparams]) -> None:

@@ -2,6 +2,7 @@
 --help is quick.
 """
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -46,7 +47,7 @@ def plan(
     write_json(json_file, found)
     if out is not None:
         write_file(out, (json.dumps(found["proposals"][0]["settings"], indent=2) + "\n").encode())
-        print(f"train   python -m moelet train {out}")
+        print(f"train   python -m moelet train {shlex.quote(str(out))}")
 
 
 def doctor(file: Settings = None, changes: Changes = None, json_file: JsonFile = None) -> None:
