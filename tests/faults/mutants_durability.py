@@ -83,8 +83,8 @@ MUTANTS = [
     Mutant(
         "another run's checkpoints cleared out",
         "moelet/storage/manifest.py",
-        "    own = [step for step, folder in folders(run) if owner_of(folder) == run_id]",
-        "    own = [step for step, folder in folders(run)]",
+        "    return [step for step, folder in folders(run) if owner_of(folder) == run_id]",
+        "    return [step for step, folder in folders(run)]",
         RETENTION,
     ),
     Mutant(

@@ -104,9 +104,9 @@ MUTANTS = [
     ),
     Mutant(
         "codes for the terminal in what an error quotes",
-        "moelet/cli.py",
-        'print(f"moelet: {printable(str(error))}", file=sys.stderr)',
-        'print(f"moelet: {error}", file=sys.stderr)',
+        "moelet/errors.py",
+        'print(f"moelet: {printable(text)}", file=sys.stderr, flush=True)',
+        'print(f"moelet: {text}", file=sys.stderr, flush=True)',
         f"{HOSTILE}::test_words_of_a_file_cant_drive_the_terminal",
     ),
 ]
