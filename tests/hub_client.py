@@ -66,3 +66,11 @@ def without_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
     function: Any
     for function in (utils.http_backoff, inspect.unwrap(utils.http_stream_backoff)):
         monkeypatch.setitem(function.__kwdefaults__, "base_wait_time", 0)  # of which the longer waits are multiples
+
+
+def forget_what_is_known() -> None:
+    """Have the client ask for everything again, as in a new process."""
+    from huggingface_hub import HfFileSystem, hf_file_system
+
+    hf_file_system.hffs.invalidate_cache()
+    HfFileSystem.clear_instance_cache()

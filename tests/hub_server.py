@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, cast
 from urllib.parse import parse_qs, parse_qsl, unquote, urlencode, urlsplit
 
-Kind = Literal["status", "reset", "drop", "truncate", "wrong_length", "slow", "html"]
+Kind = Literal["status", "reset", "drop", "truncate", "wrong_length", "slow", "html", "json"]
 
 ADDRESS = re.compile(  # the repository, what is asked of it, the revision, the path
     r"/(?:api/)?datasets/(\w[\w.-]*/\w[\w.-]*)(?:/(revision|tree|paths-info|resolve)/([^/]+)(?:/(.*))?)?"
@@ -51,7 +51,8 @@ class Fault:
 
     status: `code` and `headers`. reset: no answer, the connection is reset. drop: the same after that many bytes of
     the body (None: half). truncate: an orderly close there. wrong_length: a well-formed answer that ends there.
-    slow: the right answer, `delay` seconds late. html: status 200 and a login page.
+    slow: the right answer, `delay` seconds late. html: status 200 and a login page. json: status 200 and JSON
+    of `body`.
     """
 
     match: str
@@ -62,6 +63,7 @@ class Fault:
     headers: Mapping[str, str] = field(default_factory=dict)
     after: int | None = None
     delay: float = 0.0
+    body: Any = None
 
 
 class Answer(NamedTuple):
@@ -257,6 +259,8 @@ class _Handler(BaseHTTPRequestHandler):
             status, body, headers = fault.code, b"a fault that a test scripted", fault.headers
         elif fault.kind == "html":
             status, body, headers = 200, LOGIN_PAGE, {"Content-Type": "text/html"}
+        elif fault.kind == "json":
+            status, body, headers = as_json(fault.body)
         cut = body
         if fault.kind in ("drop", "truncate", "wrong_length"):
             cut = body[: len(body) // 2 if fault.after is None else fault.after]

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import TinySettings
-from hub_client import hub_environment, use_hub, without_sleeps
+from hub_client import forget_what_is_known, hub_environment, use_hub, without_sleeps
 from hub_server import HubServer
 from processes import Zygote, assert_same_run, kill_and_resume, last_step, rows
 from zyda import COMPONENTS, ZYDA, make_zyda, zyda_documents
@@ -116,6 +116,22 @@ def test_faults_while_loading_are_waited_out(server: HubServer, whole: list[Any]
     server.fail(place, kind)
     assert plain(islice(read(settings()), 30)) == whole[:30]
     assert not server.faults_left()
+
+
+@pytest.mark.parametrize("body", [[], {}, "x", None, 5, [1]], ids=json.dumps)
+def test_json_of_the_wrong_kind_is_waited_out(server: HubServer, whole: list[Any], body: Any) -> None:
+    """From whoever stands between us and the hub."""
+    for place in ("revision", "tree") if body not in ([], {}) else ("revision",):  # a folder may be empty
+        server.fail(place, "json", body=body)
+        forget_what_is_known()
+        assert plain(islice(read(settings()), 30)) == whole[:30]
+        assert not server.faults_left()
+
+
+def test_a_mistake_of_our_own_is_not_waited_out(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_require_field", lambda fields, settings: fields["field"])
+    with pytest.raises(TypeError):
+        next(read(settings()))
 
 
 READING = ["status", "reset", "drop", "truncate", "wrong_length", "html"]

@@ -17,6 +17,7 @@ import logging
 import os
 import random
 import re
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
@@ -191,7 +192,16 @@ def _may_pass(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno in OUR_SIDE:
         return False
     http_error: type[Exception] = getattr(errors, "HTTPError")  # noqa: B009  that of whichever HTTP client it uses
-    return isinstance(error, (OSError, EOFError, http_error, *GARBLED))
+    return isinstance(error, (OSError, EOFError, http_error, *GARBLED)) or _misread(error)
+
+
+def _misread(error: Exception) -> bool:
+    """Return whether the hub's client stumbled over JSON of another kind than the hub's, such as a list: over an answer
+    of whoever stands between. A mistake of ours isn't raised in the client's own lines."""
+    if not isinstance(error, (AttributeError, KeyError, TypeError)):
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("huggingface_hub.")
 
 
 def _mistake(error: Exception, settings: SourceSettings) -> UserError | None:

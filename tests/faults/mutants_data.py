@@ -34,8 +34,8 @@ MUTANTS = [
     Mutant(
         "a login page taken for a damaged file",
         "moelet/text/hub.py",
-        "    return isinstance(error, (OSError, EOFError, http_error, *GARBLED))",
-        "    return isinstance(error, (OSError, EOFError, http_error)) and not isinstance(error, GARBLED)",
+        "    return isinstance(error, (OSError, EOFError, http_error, *GARBLED)) or",
+        "    return isinstance(error, (OSError, EOFError, http_error)) and not isinstance(error, GARBLED) or",
         "tests/faults/test_hub_away.py::test_requests_that_fail",
     ),
     Mutant(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import TinySettings
 from cuts import Step, in_process, train_until  # noqa: F401  a fixture
-from hub_client import use_hub, without_sleeps
+from hub_client import forget_what_is_known, use_hub, without_sleeps
 from hub_server import HubServer
 from processes import assert_same_run, newest
 from scorecard import Trials
@@ -96,14 +96,6 @@ def plain(items: Any) -> list[Any]:
 
 def read(cursor: Cursor | None = None) -> Iterator[Any]:
     return SOURCES["hub"].documents(GIVEN, 3, 0, cursor)
-
-
-def forget_what_is_known() -> None:
-    """Have the client ask for everything again, as in a new process."""
-    from huggingface_hub import HfFileSystem, hf_file_system
-
-    hf_file_system.hffs.invalidate_cache()
-    HfFileSystem.clear_instance_cache()
 
 
 def lose_host(patch: pytest.MonkeyPatch, times: int) -> list[int]:
