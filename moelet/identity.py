@@ -6,7 +6,7 @@ A checkpoint carries the fingerprints of its run. A resume whose own differ is r
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +79,16 @@ def differing(saved: Marks, now: Marks) -> list[str]:
     return [name for name in saved if saved[name] != now.get(name) and not (name == "length" and budget)]
 
 
-def described(names: Iterable[str], saved: Marks, now: Marks, before: Hparams, after: Hparams) -> list[str]:
+def described(names: Collection[str], saved: Marks, now: Marks, before: Hparams, after: Hparams) -> list[str]:
     """Return a line for each fingerprint of `names`, and one for each setting that may be why."""
+    same = FREE_SETTINGS | READING | (set() if "length" in names else set(LENGTHS))
     lines = [f"{name}: the run has {saved[name][:SHOWN]}, given is {str(now.get(name))[:SHOWN]}" for name in names]
     old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
     return lines + [
         f"{section}.{key}: the run has {json.dumps(value)}, given is {json.dumps(new[section][key])}"
         for section, settings in old.items()
         for key, value in settings.items()
-        if value != new[section][key] and key not in FREE_SETTINGS | READING
+        if value != new[section][key] and key not in same
     ]
 
 
@@ -101,7 +102,10 @@ def require_same(run: Path, saved: Marks, now: Marks, before: Hparams, after: Hp
         different.remove("data")
     if not different:
         return []
-    lines = "\n  ".join(described(different, saved, now, before, after))
+    agreed = _agreed(run, saved, now)
+    last = agreed[-1] if agreed else saved  # what the settings in the folder are those of
+    new = [name for name in differing(last, now) if name in different]
+    lines = "\n  ".join(described(new or different, last if new else saved, now, before, after))
     differ = f"{run} can't go on as another run; these differ:\n  {lines}\nNothing was changed. "
     fixed = [name for name in different if name in FIXED]
     if fixed:
@@ -109,7 +113,7 @@ def require_same(run: Path, saved: Marks, now: Marks, before: Hparams, after: Hp
             f"{differ}Resume with the run's own settings, tokenizer and data, or start a new run. --accept-changes "
             f"doesn't help: what is saved is of the run's own {' and '.join(fixed)}."
         )
-    if not (accept or _accepted(run, saved, now)):
+    if not (accept or any(not differing(marks, now) for marks in agreed)):
         raise UserError(
             f"{differ}Resume with the run's own settings, tokenizer and data, start a new run, or go on with what is "
             "given, as a run that is no longer the one begun: --accept-changes."
@@ -117,15 +121,13 @@ def require_same(run: Path, saved: Marks, now: Marks, before: Hparams, after: Hp
     return different
 
 
-def _accepted(run: Path, saved: Marks, now: Marks) -> bool:
-    """Return whether changes that lead from the one to the other were accepted before."""
-    reached = saved
+def _agreed(run: Path, saved: Marks, now: Marks) -> list[Marks]:
+    """Return what the run may be by changes that were accepted since, in order: each has the names that `now` has."""
+    reached = [saved]
     for entry in read_accepted(run):
-        if entry["from"] == reached:
-            reached = entry["to"]
-            if reached == now:
-                return True
-    return False
+        if entry["from"] in reached and isinstance(entry["to"], dict) and entry["to"].keys() == now.keys():
+            reached.append({name: str(mark) for name, mark in entry["to"].items()})
+    return reached[1:]
 
 
 def read_accepted(run: Path) -> list[dict[str, Any]]:

@@ -71,8 +71,8 @@ MUTANTS = [
     Mutant(
         "accepted changes that are forgotten",
         "moelet/identity.py",
-        '        if entry["from"] == reached:',
-        "        if False:",
+        '        if entry["from"] in reached and ',
+        "        if False and ",
         "tests/faults/test_identity.py",
     ),
     Mutant(

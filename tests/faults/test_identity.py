@@ -225,6 +225,15 @@ def test_changes_that_somebody_accepts(
             assert entry["step"] == 4 and entry["from"] != entry["to"]
             assert [plain(line, folder) for line in entry["changes"]] == CASES[name].lines
             train_until(monkeypatch, run, None, None)  # finished, and the same run now
+    with trials.one("and a time budget after the kill"):
+        run = moved(begun, tmp_path / "budget") / "run"
+        train_until(monkeypatch, run, None, 5, changes=["optim.lr=0.02"], accept=True)
+        with pytest.raises(UserError, match=r"optim.lr: the run has 0.02, given is 0.03") as caught:
+            train.resume(run, ["optim.lr=0.03"], Progress(), seconds=30.0)
+        assert "length" not in str(caught.value) and str(caught.value).count("given is") == 2
+        train_until(monkeypatch, run, None, 5, changes=["optim.lr=0.03"], accept=True)  # a second thought
+        train_until(monkeypatch, run, None, 6, seconds=30.0)
+        assert last_step(run) == 6 and newest(run).name == "step-00000006"
 
 
 @pytest.mark.check(11)
