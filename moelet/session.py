@@ -3,6 +3,7 @@
 What a run is, and how one begins or goes on, is `moelet.train`'s.
 """
 
+import shlex
 import time
 from collections import Counter
 from contextlib import suppress
@@ -61,7 +62,7 @@ class Session:
         training.enough = self.enough
         self.items: list[tuple[Batch, Cursor]] = []  # taken for the step to come
         self.unwritten: list[dict[str, Any]] = []  # lines of metrics.jsonl that the disk didn't take
-        self.again = f"python -m moelet train --resume {run}"
+        self.again = f"python -m moelet train --resume {shlex.quote(str(run))}"
         self.logged = (training.tokens, training.seconds)  # at the last line of metrics.jsonl
         self.waited = 0.0  # seconds for data, since then
         self.saved_at = training.step if checkpoint_steps(run) else None

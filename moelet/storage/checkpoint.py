@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -79,7 +80,7 @@ class SaveError(TemporaryError):
 
     def __init__(self, reason: str, run: Path) -> None:
         self.reason = reason
-        super().__init__(f"{reason} Mend that and run: python -m moelet train --resume {run}")
+        super().__init__(f"{reason} Mend that and run: python -m moelet train --resume {shlex.quote(str(run))}")
 
 
 def serialised(checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -230,7 +231,8 @@ def load(run: str | Path, device: str | torch.device = "cpu", step: int | None =
     if step is None:
         if passed:
             raise UserError(f"{run} holds no model that verifies ({'; '.join(passed)}). Restore one from a copy.")
-        raise UserError(f"{run} holds no checkpoint yet. Train it first: python -m moelet train --resume {run}")
+        again = f"python -m moelet train --resume {shlex.quote(str(run))}"
+        raise UserError(f"{run} holds no checkpoint yet. Train it first: {again}")
     folder = folder_of(run, step)
     try:
         expected, identity = expected_parts(folder, folder.name), _identity(read_manifest(folder))

@@ -258,10 +258,12 @@ def test_a_save_fails_and_the_settings_say_stop(trials: Trials, settings: dict[s
     trials.count(small=1, full=1)
     with trials.one("stop"):
         settings["train"]["on_save_failure"] = "stop"
-        with on_checkpoints(tmp_path / "run", errno.ENOSPC, {4}), pytest.raises(TemporaryError, match="step 4.*parked"):
-            train.start(make_hparams(settings), tmp_path / "run", Said())
-        (parked,) = (tmp_path / "elsewhere").glob("moelet-parked-run-*")
-        assert load(parked).step == 4 and checkpoint_steps(tmp_path / "run") == [2]
+        run = tmp_path / "a run"
+        with on_checkpoints(run, errno.ENOSPC, {4}), pytest.raises(TemporaryError, match="step 4.*parked") as caught:
+            train.start(make_hparams(settings), run, Said())
+        (parked,) = (tmp_path / "elsewhere").glob("moelet-parked-a run-*")
+        assert load(parked).step == 4 and checkpoint_steps(run) == [2]
+        assert str(caught.value).endswith(f"--resume '{parked}'"), "a command that a shell takes as it stands"
 
 
 @pytest.mark.check(3)
