@@ -22,6 +22,7 @@ from moelet.commands.serve import serve_runs
 from moelet.commands.settings import show_settings
 from moelet.commands.tokenizer import tokenizer_app
 from moelet.errors import DISK, Interrupted, TemporaryError, UserError, complain, printable
+from moelet.stopping import nothing_to_save
 from moelet.storage.disk import check_writable, make_folder, write_json
 from moelet.storage.lock import refuse_held
 
@@ -57,6 +58,7 @@ Changes = Annotated[
 
 
 @app.command(epilog="Example: moelet train hparams.json --run runs/first --set optim.lr=0.001")
+@nothing_to_save()
 def train(
     file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The settings; default: hparams.json.")] = None,
     run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="A new run's folder.")] = None,

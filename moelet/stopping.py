@@ -62,6 +62,17 @@ def stop_signals() -> Iterator[Asked]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def nothing_to_save() -> Iterator[None]:
+    """Have SIGUSR1, which asks for a checkpoint, do nothing before training begins and after it: unheard, it would end
+    the process."""
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: _tell("there is nothing to save now"))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def _tell(line: str) -> None:
     with suppress(OSError):  # the terminal may be what went away
         os.write(2, f"\n{line}\n".encode())

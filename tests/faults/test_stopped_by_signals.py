@@ -1,6 +1,7 @@
 """Somebody presses Ctrl-C, a scheduler sends SIGTERM, a terminal closes: in whatever a run is doing."""
 
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from paused import Place, Runs
 from processes import assert_same_run, digests, last_step, rows
 from scorecard import Trials
 
+from moelet import cli, hparams
+from moelet.errors import UserError
 from moelet.storage.manifest import checkpoint_steps, newest
 from moelet.tokenizer import Tokenizer
 
@@ -135,6 +138,26 @@ def test_a_signal_asks_for_a_checkpoint(trials: Trials, runs: Runs, whole: Path,
             asked = int(said.partition("saved at step ")[2].partition(",")[0])
             assert asked in checkpoint_steps(run) or not more
             assert rows(run) == rows(whole) and digests(run) == digests(whole)
+
+
+@pytest.mark.check(5)
+def test_a_checkpoint_is_asked_for_before_there_is_a_run(trials: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGUSR1 as soon as the command has begun: it ends nothing, and nothing is saved."""
+    trials.count(small=1, full=1)
+    with trials.one("while settings are read"):
+        heard: list[int] = []
+
+        def read(*given: object) -> None:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            raise UserError("read")
+
+        monkeypatch.setattr(hparams, "read_hparams", read)
+        before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+        try:
+            assert cli.main(["train", "no.json"]) == 78
+            assert heard == [], "what would end the process"
+        finally:
+            signal.signal(signal.SIGUSR1, before)
 
 
 @pytest.mark.check(5)
