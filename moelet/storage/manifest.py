@@ -77,7 +77,8 @@ def folders(run: Path) -> list[tuple[int, Path]]:
     for path in (place, *(path for _, path in found)):
         if path.is_symlink():
             raise UserError(f"{path} is a link. A run's checkpoints lie in it. Copy what it leads to: cp -rL.")
-    return sorted((int(name), path) for name, path in found if name.isascii() and name.isdecimal())
+    steps = [(int(name), path) for name, path in found if name.isascii() and name.isdecimal()]
+    return sorted((step, path) for step, path in steps if path == folder_of(run, step))  # `step-30` is no name of ours
 
 
 def owner_of(folder: Path) -> str | None:

@@ -75,8 +75,7 @@ MUTANTS = [
     Mutant(
         "order by the times of files",
         "moelet/storage/manifest.py",
-        "    return sorted((int(name), path) for name, path in found if name.isascii() and name.isdecimal())",
-        "    steps = [(int(name), path) for name, path in found if name.isascii() and name.isdecimal()]\n"
+        "    return sorted((step, path) for step, path in steps if path == folder_of(run, step))",
         "    return sorted(steps, key=lambda found: found[1].stat().st_mtime)",
         RETENTION,
     ),

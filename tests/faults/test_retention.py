@@ -15,7 +15,7 @@ from scorecard import Trials
 from small_checkpoints import no_waiting_for_the_disk  # noqa: F401
 
 from moelet.storage.disk import sealed
-from moelet.storage.manifest import MANIFEST, PARTS, fault, newest, retain, sweep
+from moelet.storage.manifest import MANIFEST, PARTS, fault, folders, newest, retain, sweep
 
 OWN, YEAR = "own", 365 * 86400
 
@@ -53,6 +53,21 @@ def refusing(draw: random.Random) -> Iterator[None]:
         for kind in real:
             patch.setattr(os, kind, sometimes(kind))
         yield
+
+
+@pytest.mark.check(7)
+@pytest.mark.usefixtures("no_waiting_for_the_disk")
+def test_folders_with_nearly_a_checkpoints_name(trials: Trials, tmp_path: Path) -> None:
+    """`step-30` beside `step-00000030`: it is no checkpoint, whatever it holds; nothing of it is read or removed."""
+    (tmp_path / "run_id").write_text(OWN)
+    places = {step: write(tmp_path, step, OWN) for step in (10, 20, 30)}
+    trials.count(small=1, full=1)
+    for name in ("step-30", "step-000000040", "step-+0000050"):
+        with trials.one(name):
+            odd = shutil.copytree(places[30], tmp_path / "checkpoints" / name)
+            assert [path for _, path in folders(tmp_path)] == [path for path in places.values() if path.exists()]
+            retain(tmp_path, 1, None)
+            assert newest(tmp_path) == (30, []) and list(odd.iterdir())
 
 
 @pytest.mark.check(7)
