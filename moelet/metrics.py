@@ -51,13 +51,15 @@ def sync_metrics(run: Path) -> None:
 
 
 def cut_metrics(run: Path, step: int) -> None:
-    """Drop the lines after `step`, and any that a crash cut short, so that a resumed run writes them anew."""
+    """Drop the lines after `step`, and any that a crash cut short or that no report could use, so that a resumed run
+    writes them anew."""
     path, kept = run / METRICS_FILE, []
     if not path.exists():
         return
     for line in lines_inside(run, METRICS_FILE):
         with suppress(*NO_ROW):
-            if json.loads(line)["step"] <= step:
+            row = json.loads(line)
+            if row["step"] <= step and type(row["tokens"]) in (int, float) and math.isfinite(row["tokens"]):
                 kept.append(line + "\n")
     write_file(path, "".join(kept).encode())
 

@@ -17,6 +17,7 @@ from moelet import console, metrics
 from moelet.console import Progress, duration, progress_line, table
 from moelet.metrics import append_metrics, cut_metrics, expert_load, matrix_rate, peak_memory_mb, router_health
 from moelet.moe import RouterStats, add_stats
+from moelet.report import read_metrics
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -43,25 +44,42 @@ def test_rows_are_appended_one_a_line_and_floats_come_back_exactly(tmp_path: Pat
 @pytest.mark.parametrize("at", [0, 1, 5, 7, 10, 99])
 def test_cutting_drops_the_later_steps_and_only_those(tmp_path: Path, at: int) -> None:
     for step in range(1, 11):
-        append_metrics(tmp_path, {"step": step, "sample": "\u2028é"})
+        append_metrics(tmp_path, {"step": step, "tokens": 9, "sample": "\u2028é"})
     before = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
     cut_metrics(tmp_path, at)
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(before[:at])
-    append_metrics(tmp_path, {"step": at + 1})
+    append_metrics(tmp_path, {"step": at + 1, "tokens": 9})
     assert steps(tmp_path) == [*range(1, min(at, 10) + 1), at + 1]
 
 
 def test_a_last_line_cut_anywhere_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
-    rows = [json.dumps({"step": step, "loss": 1.5, "sample": "é"}) + "\n" for step in (1, 2, 3)]
+    rows = [json.dumps({"step": step, "tokens": 9, "loss": 1.5, "sample": "é"}) + "\n" for step in (1, 2, 3)]
     whole = "".join(rows).encode()
     for end in range(len(whole) + 1):
         (tmp_path / "metrics.jsonl").write_bytes(whole[:end])
         cut_metrics(tmp_path, 9)
         complete = sum(end >= len("".join(rows[: k + 1])) - 1 for k in range(3))  # its newline may be missing
         assert steps(tmp_path) == [1, 2, 3][:complete]
-        append_metrics(tmp_path, {"step": 4})
+        append_metrics(tmp_path, {"step": 4, "tokens": 9})
         assert steps(tmp_path) == [*[1, 2, 3][:complete], 4]
+
+
+def test_a_line_that_is_no_steps_is_dropped(tmp_path: Path) -> None:
+    """The report at the run's end would name it as damage."""
+    whole = {"step": 1, "tokens": 9}
+    odd = [
+        {"step": 2},
+        *({"step": 2, "tokens": value} for value in (None, "9", True, float("nan"))),
+        {"tokens": 9},
+        [2],
+    ]
+    append_metrics(tmp_path, whole)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in odd))
+    cut_metrics(tmp_path, 9)
+    append_metrics(tmp_path, {"step": 3, "tokens": 27})
+    assert read_metrics(tmp_path) == [whole, {"step": 3, "tokens": 27}]
 
 
 def test_cutting_without_a_file_makes_none(tmp_path: Path) -> None:
@@ -70,8 +88,8 @@ def test_cutting_without_a_file_makes_none(tmp_path: Path) -> None:
 
 
 def test_a_death_while_cutting_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    append_metrics(tmp_path, {"step": 1})
-    append_metrics(tmp_path, {"step": 2})
+    append_metrics(tmp_path, {"step": 1, "tokens": 9})
+    append_metrics(tmp_path, {"step": 2, "tokens": 9})
 
     def die(*given: object) -> None:
         raise KeyboardInterrupt

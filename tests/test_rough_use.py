@@ -89,7 +89,7 @@ def test_evaluating_an_empty_file_says_so(project: Path, capsys: pytest.CaptureF
     assert "the data holds no text (empty: 1)" in said and "validation_fraction" not in said
 
 
-@pytest.mark.parametrize("ending", ['{"step": 2, "tok', "5\n", "null\n", "{}\n"])
+@pytest.mark.parametrize("ending", ['{"step": 2, "tok', "5\n", "null\n", "{}\n", '{"step": 1}\n'])
 def test_a_damaged_metrics_file_does_not_stop_a_resume(project: Path, ending: str) -> None:
     assert main(["train", "--run", "run"]) == 0
     path = project / "run" / "metrics.jsonl"
