@@ -21,7 +21,7 @@ from moelet.commands.foresee import doctor, plan
 from moelet.commands.serve import serve_runs
 from moelet.commands.settings import show_settings
 from moelet.commands.tokenizer import tokenizer_app
-from moelet.errors import DISK, Interrupted, TemporaryError, UserError, printable
+from moelet.errors import DISK, Interrupted, TemporaryError, UserError, complain, printable
 from moelet.storage.disk import check_writable, make_folder, write_json
 from moelet.storage.lock import refuse_held
 
@@ -359,24 +359,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = app(args=None if arguments is None else list(arguments), prog_name="moelet", standalone_mode=False)
         if result == 130:  # typer's answer to Ctrl-C; the training loop has an answer of its own
-            print("moelet: interrupted outside of training; run the same command again.", file=sys.stderr)
+            complain("interrupted outside of training; run the same command again.")
         return result if isinstance(result, int) else 0
     except ClickException as error:
         error.show()
         return error.exit_code
     except (UserError, TemporaryError, Interrupted) as error:
-        print(f"moelet: {printable(str(error))}", file=sys.stderr)
+        complain(str(error))
         return error.exit_code
     except (MemoryError, RuntimeError) as error:
         from moelet.memory import told
 
-        print(f"moelet: {told(error)}", file=sys.stderr)
+        complain(told(error))
         return UserError.exit_code
     except OSError as error:
         if error.errno in DISK:
-            print(f"moelet: the disk {DISK[error.errno]} ({error}). Then run the same command again.", file=sys.stderr)
+            complain(f"the disk {DISK[error.errno]} ({error}). Then run the same command again.")
             return TemporaryError.exit_code
         if error.filename is None:
             raise
-        print(f"moelet: {error.filename} can't be used ({error.strerror}). Mend that.", file=sys.stderr)
+        complain(f"{error.filename} can't be used ({error.strerror}). Mend that.")
         return UserError.exit_code

@@ -164,9 +164,10 @@ def refuse_to_forget(run: Path) -> None:
     if (run / UNSAVED).exists() or not any((run / name).exists() for name in (METRICS_FILE, TOKENIZER)):
         return
     raise UserError(
-        f"{run} holds a run that has had checkpoints, and {run / 'checkpoints'} holds none now. To go on it needs them. "
-        "Nothing was changed. Put them back (is a disk not mounted, was the folder moved?) and run the same command "
-        f"again; to start over, begin a new run: python -m moelet train {shlex.quote(str(run / HPARAMS))} --run ANOTHER."
+        f"{run} holds a run that has had checkpoints, and {run / 'checkpoints'} holds none now. To go on it needs "
+        "them. Nothing was changed. Put them back (is a disk not mounted, was the folder moved?) and run the same "
+        "command again; to start over, begin a new run: python -m moelet train "
+        f"{shlex.quote(str(run / HPARAMS))} --run ANOTHER."
     )
 
 

@@ -253,7 +253,7 @@ def retain(run: Path, keep: int, best: int | None, good: int | None = None) -> N
         run_id = run_id_of(run)
     except UserError:  # which checkpoints are its own isn't known: the next resume says so
         return
-    own = [step for step, folder in folders(run) if owner_of(folder) == run_id]
+    own = _own(run, run_id)
     if good is None:
         good = next((step for step in reversed(own) if fault(folder_of(run, step)) is None), None)
     for step in own[:-keep]:
@@ -269,6 +269,33 @@ def retain(run: Path, keep: int, best: int | None, good: int | None = None) -> N
     if good is not None:
         with suppress(OSError):
             (run / UNSAVED).unlink(missing_ok=True)
+
+
+def _own(run: Path, run_id: str) -> list[int]:
+    return [step for step, folder in folders(run) if owner_of(folder) == run_id]
+
+
+def make_room(run: Path, best: int | None) -> list[int]:
+    """Remove the run's own checkpoints that are older than the newest one that verifies, but the best, which is that of
+    step `best` or what the newest one says; return their steps.
+    """
+    try:
+        run_id = run_id_of(run)
+    except UserError:  # as in `retain`
+        return []
+    own = _own(run, run_id)
+    good = next((step for step in reversed(own) if fault(folder_of(run, step)) is None), None)
+    if good is None:
+        return []
+    noted = read_state(run, good).get("best")
+    kept = {best, good, noted.get("step") if isinstance(noted, dict) else None}
+    removed = []
+    for step in own[: own.index(good)]:
+        if step not in kept:
+            with suppress(OSError):
+                _remove(folder_of(run, step))
+                removed.append(step)
+    return removed
 
 
 def sweep(run: Path) -> None:

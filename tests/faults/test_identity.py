@@ -278,8 +278,8 @@ def test_a_changed_text_begins_anew(
 def test_checkpoints_that_are_away(
     trials: Trials, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a disk that isn't mounted, or moved: refused with 78 and nothing changed; once they are back, the run goes on. A
-    run killed before its first checkpoint starts over."""
+    """On a disk that isn't mounted, or moved: refused with 78 and nothing changed; once they are back, the run goes on.
+    A run killed before its first checkpoint starts over."""
     run = moved(begun, tmp_path / "moved") / "run"
     settings = run / "hparams.json"
     for index in range(trials.count(small=2, full=4)):
