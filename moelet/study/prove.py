@@ -153,7 +153,8 @@ class Study:
                 return
             raise TemporaryError(
                 f"the process of job {job.folder} was killed, perhaps for want of memory. What it had saved is kept. "
-                f"Run it again, with fewer --jobs if need be: python -m moelet prove --run {shlex.quote(str(self.folder))}"
+                f"Run it again, with fewer --jobs if need be: python -m moelet prove --run "
+                f"{shlex.quote(str(self.folder))}"
             ) from None
         if problem == STOPPED:
             return
