@@ -39,7 +39,8 @@ def identity(hparams: Hparams, tokenizer: Tokenizer) -> Marks:
     """Return the fingerprints that a checkpoint and the run resuming it must share.
 
     Where files lie doesn't count, only what is in them: text and tokenizer have fingerprints of their own. Nor does
-    how a step is cut into micro-steps, where the settings give its size as a whole. "auto" counts as what it means.
+    how a step is cut into micro-steps, where the settings give its size as a whole, or how many ranks make it. "auto"
+    counts as what it means.
     """
     settings = _counted(hparams)
     text = pick(SOURCES, hparams.data.source, "data.source").fingerprint(hparams.data)
@@ -62,6 +63,7 @@ def _counted(hparams: Hparams) -> dict[str, Any]:
     unread: Any = {"files": True, "mix": {"__all__": {"files"}}, **dict.fromkeys(READING, True)}
     cut = {"global_batch_size"} if hparams.train.global_batch_size is None else {"batch_size", "gradient_accumulation"}
     left_out: Any = {"train": FREE_SETTINGS.union(LENGTHS, cut), "data": unread, "tokenizer": {"file"}}
+    left_out |= {"parallel": True}
     left_out |= {name: getattr(hparams, name).unsaid for name in ("model", "optim", "balance")}
     return hparams.model_dump(mode="json", exclude=left_out)
 
@@ -87,7 +89,7 @@ def described(names: Iterable[str], saved: Marks, now: Marks, before: Hparams, a
         f"{section}.{key}: the run has {json.dumps(value)}, given is {json.dumps(new[section][key])}"
         for section, settings in old.items()
         for key, value in settings.items()
-        if value != new[section][key] and key not in FREE_SETTINGS | READING
+        if value != new[section][key] and key not in FREE_SETTINGS | READING and section != "parallel"
     ]
 
 

@@ -36,9 +36,13 @@ from moelet.loss import BALANCE
 from moelet.metrics import METRICS_FILE, cut_metrics, last_elapsed, matrix_rate
 from moelet.moe import ROUTERS
 from moelet.optim import OPTIMIZERS, SCHEDULES, Plan
+from moelet.parallel.layout import sizes_for
+from moelet.parallel.orders import END, advice, build_everywhere, count_parameters, order_restore
+from moelet.parallel.ranks import ALONE, Team
+from moelet.parallel.watch import Watch
 from moelet.precision import choose_device, choose_dtype
 from moelet.session import Session
-from moelet.step import Training, build, restore, snapshot
+from moelet.state import Training, restore, snapshot
 from moelet.stopping import StopAsked, stop_signals
 from moelet.storage import checkpoint
 from moelet.storage.checkpoint import HPARAMS, TOKENIZER, load_run_settings
@@ -65,8 +69,15 @@ NAMED: dict[tuple[str, str], Mapping[str, Any]] = {  # settings that name someth
 }
 
 
-def check(hparams: Hparams) -> None:
-    """Raise UserError, before any work, for a name that no table holds and for what this machine hasn't got."""
+def check(hparams: Hparams, team: Team = ALONE) -> None:
+    """Raise UserError, before any work, for a name that no table holds and for what this machine hasn't got, ranks
+    included."""
+    sizes_for(hparams.parallel, hparams.model, team.size)
+    if hparams.train.batch_size == "auto" and not team.alone:
+        raise UserError(
+            f'train.batch_size is "auto" and there are {team.size} ranks. It is looked for by one process alone. Set '
+            "train.batch_size to the sequences of a micro-step over all ranks."
+        )
     for (section, key), known in NAMED.items():
         name = getattr(getattr(hparams, section), key)
         if name is not None:
@@ -132,14 +143,15 @@ def refuse_folder(run: Path) -> None:
         )
 
 
-def start(hparams: Hparams, run: Path, progress: Progress, began: float | None = None) -> None:
-    """Train from the first step in folder `run`; `began` is when the process did, by time.monotonic().
+def start(hparams: Hparams, run: Path, progress: Progress, began: float | None = None, team: Team = ALONE) -> None:
+    """Train from the first step in folder `run`; `began` is when the process did, by time.monotonic(). Of several ranks
+    the leader calls this, the others `moelet.follow.follow`.
 
     Raises UserError before any work when the settings don't fit, or the folder holds a complete checkpoint or files
     that are not a run's.
     """
     clock = Clock(0.0, time.monotonic() if began is None else began)
-    check(hparams)
+    check(hparams, team)
     if run.is_dir() and any(run.iterdir()) and not (run / LOCK).exists():
         raise UserError(
             f"{run} holds files that are not a run's. A new run needs a folder that is empty or not there yet. Give "
@@ -151,10 +163,10 @@ def start(hparams: Hparams, run: Path, progress: Progress, began: float | None =
                 f"{run} holds a run with checkpoints. A new run needs a folder of its own: give another --run, or go "
                 f"on with this one: python -m moelet train --resume {run}"
             )
-        train(_fresh(pinned(hparams), run, progress), run, progress, clock, held)
+        train(_fresh(pinned(hparams), run, progress, team), run, progress, clock, held)
 
 
-def _fresh(hparams: Hparams, run: Path, progress: Progress) -> Training:
+def _fresh(hparams: Hparams, run: Path, progress: Progress, team: Team) -> Training:
     """Return a run at its first step: its folder cleared of what an earlier try left, its tokenizer made, its batch
     size found."""
     for leftover in (METRICS_FILE, TOKENIZER, ACCEPTED):
@@ -166,7 +178,7 @@ def _fresh(hparams: Hparams, run: Path, progress: Progress) -> Training:
     write_file(run / TOKENIZER, tokenizer.model_bytes)
     hparams = find_batch_size(hparams, tokenizer, run / TOKENIZER, progress)
     write_file(run / HPARAMS, hparams.to_json().encode())
-    training = build(hparams, tokenizer)
+    training = build_everywhere(hparams, tokenizer, team, run)
     training.run_id = run_id
     return training
 
@@ -179,6 +191,7 @@ def resume(
     settings: Path | None = None,
     seconds: float | None = None,
     accept: bool = False,
+    team: Team = ALONE,
 ) -> None:
     """Go on with the run in folder `run` from its newest checkpoint that verifies; from its start when it has none.
 
@@ -196,16 +209,16 @@ def resume(
         if not any(change.startswith("train.batch_size=") for change in changes):
             hparams = with_batch_size_of(saved, hparams)
         hparams = pinned(with_commits_of(saved, hparams))
-        check(hparams)
+        check(hparams, team)
         if folders(run):
-            training = _restored(hparams, run, progress, accept)
+            training = _restored(hparams, run, progress, accept, team)
             total = training.total_steps
             progress.say(f"resumed at step {training.step}" + (f" of {total}" if total else ""))
             if total == training.step:
                 progress.say("this run is finished: nothing is left to train, whatever the time.")
         else:
             progress.say(f"{run} has no checkpoint yet: starting over.")
-            training = _fresh(hparams, run, progress)
+            training = _fresh(hparams, run, progress, team)
         train(training, run, progress, Clock(spent, time.monotonic() if began is None else began), held)
 
 
@@ -244,7 +257,7 @@ def with_batch_size_of(saved: Hparams, hparams: Hparams) -> Hparams:
     return hparams.model_copy(update={"train": kept})
 
 
-def _restored(hparams: Hparams, run: Path, progress: Progress, accept: bool) -> Training:
+def _restored(hparams: Hparams, run: Path, progress: Progress, accept: bool, team: Team) -> Training:
     """Return the run as its newest checkpoint that verifies has it, with the changes that are accepted; metrics.jsonl
     is cut back to that step."""
     saved_hparams, tokenizer = load_run_settings(run)
@@ -262,8 +275,9 @@ def _restored(hparams: Hparams, run: Path, progress: Progress, accept: bool) -> 
     shapes = {name: tuple(tensor.shape) for name, tensor in saved.model.items()}
     checkpoint.refuse_other_shapes(run, shapes, saved_hparams, tokenizer)
     hparams = find_batch_size(hparams, tokenizer, run / TOKENIZER, progress)
-    training = build(hparams, tokenizer)
+    training = build_everywhere(hparams, tokenizer, team, run)
     plan = training.plan
+    order_restore(training, run, saved.step)
     restore(training, saved)
     sweep(run)
     if changed:
@@ -301,6 +315,7 @@ def train(training: Training, run: Path, progress: Progress, clock: Clock, held:
         return training_batches(hparams.data, tokenizer, length, sizes, hparams.train.seed, cursor)
 
     with (
+        Watch(training.team, advice(run)),
         stop_signals() as asked,
         Reader(begin, training.cursor, PREFETCH_BATCHES, hparams.data.reader_patience) as batches,
         tracking(run, hparams, progress) as tracked,
@@ -320,10 +335,12 @@ def train(training: Training, run: Path, progress: Progress, clock: Clock, held:
                     break
         if asked.stop is not None and not ended(training):
             session.save(final=True)
+            training.team.order(END, signal=asked.stop)
             raise Interrupted(
                 asked.stop,
                 f"interrupted and saved at step {training.step}. Go on with: {session.again}",
             )
+        training.team.order(END, signal=None)
 
 
 def ended(training: Training) -> bool:
@@ -333,9 +350,8 @@ def ended(training: Training) -> bool:
 
 def introduce(training: Training, run: Path, validation: Validation, progress: Progress) -> None:
     """Say what is about to be trained, on what, where."""
-    model, hparams = training.model, training.hparams
-    count = sum(parameter.numel() for parameter in model.parameters())
-    settings = hparams.model
+    hparams = training.hparams
+    count, settings = count_parameters(training), hparams.model
     budget = hparams.train.time_budget
     length = f"{training.total_steps:,} " if budget is None else f"{duration(budget)} in all, "
     experts = f"{settings.n_experts} experts top-{settings.top_k}" if settings.n_experts > 1 else "dense"
@@ -347,6 +363,10 @@ def introduce(training: Training, run: Path, validation: Validation, progress: P
         ("length", f"{length}steps of {hparams.tokens_per_step:,} tokens"),
         ("machine", f"{training.device.type}, {str(training.dtype).removeprefix('torch.')}"),
     ]
+    if not training.team.alone:
+        sizes = training.layout.sizes
+        parts = "; no sample while training, as no rank has all of the model" if training.layout.divided else ""
+        rows.append(("ranks", f"{sizes.data} data x {sizes.shard} shard x {sizes.expert} expert{parts}"))
     if training.device.type == "cpu" and (reason := why_not(training.dtype)) is not None:
         rows.append(("kernels", f"torch's, half as fast as ours: {reason}"))
     progress.say(*table("moelet", rows))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from moelet import cli, metrics, step, train
-from moelet.step import Training
+from moelet.state import Training
 
 POISONS = (math.nan, math.inf, -math.inf)
 

@@ -22,7 +22,8 @@ from moelet.diagnostics import row_origins
 from moelet.finite import SPIKE_WINDOW, is_spike
 from moelet.hparams import make_hparams
 from moelet.precision import cpu_has_bf16
-from moelet.step import Training, build, train_step
+from moelet.state import Training, build
+from moelet.step import train_step
 from moelet.storage.manifest import checkpoint_steps
 from moelet.tokenizer import Tokenizer
 
