@@ -315,8 +315,8 @@ def train(training: Training, run: Path, progress: Progress, clock: Clock, held:
         return training_batches(hparams.data, tokenizer, length, sizes, hparams.train.seed, cursor)
 
     with (
-        Watch(training.team, advice(run)),
         stop_signals() as asked,
+        Watch(training.team, advice(run)),
         Reader(begin, training.cursor, PREFETCH_BATCHES, hparams.data.reader_patience) as batches,
         tracking(run, hparams, progress) as tracked,
         progress,
