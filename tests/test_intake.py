@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import safetensors.torch
 import torch
 
 from moelet.errors import UserError
+from moelet.storage import intake
 from moelet.storage.intake import DEEPEST, lines_inside, open_file, open_inside, parse_json, refuse_links
 from moelet.storage.tensor_file import LARGEST_HEADER, TensorFile
 from moelet.text.tokenizer_file import check_model
@@ -103,33 +103,24 @@ def test_links_and_what_is_no_file(folder: Path) -> None:
         refuse_links(folder)
 
 
-def test_a_link_put_in_place_of_a_file_or_folder_while_it_is_opened(folder: Path) -> None:
-    """Whichever moment the change comes at, what is read is never the secret."""
-    (folder.parent / "elsewhere").mkdir()
-    (folder.parent / "elsewhere" / "b").write_text("secret")
-    stop = threading.Event()
+@pytest.mark.parametrize("place", ["sub", "sub/b"])
+def test_a_link_put_in_place_of_a_file_or_folder_while_it_is_opened(
+    place: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The change comes at the worst moment: after the look, before the opening."""
+    look, secret = intake._refuse_link, folder.parent / "elsewhere"
+    secret.mkdir()
+    (secret / "b").write_text("secret")
 
-    def swap() -> None:
-        while not stop.is_set():
-            os.rename(folder / "sub", folder / "aside")
-            os.symlink("../elsewhere", folder / "sub")
-            os.unlink(folder / "sub")
-            os.rename(folder / "aside", folder / "sub")
+    def look_and_change(at: int, part: str, path: Path) -> None:
+        look(at, part, path)
+        if part == place.rpartition("/")[2]:
+            os.rename(folder / place, folder / "aside")
+            os.symlink(secret if place == "sub" else secret / "b", folder / place)
 
-    thread = threading.Thread(target=swap)
-    thread.start()
-    seen = set()
-    try:
-        limit = time.monotonic() + 1
-        while time.monotonic() < limit:
-            try:
-                seen.add(content(folder, "sub/b"))
-            except (UserError, OSError):
-                seen.add("refused")
-    finally:
-        stop.set()
-        thread.join()
-    assert "secret" not in seen and "b" in seen
+    monkeypatch.setattr(intake, "_refuse_link", look_and_change)
+    with pytest.raises((UserError, OSError)):
+        content(folder, "sub/b")
 
 
 def test_sizes_are_bounded_before_reading(folder: Path) -> None:
