@@ -11,8 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moelet.parallel.ranks import answering
-
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -32,8 +30,7 @@ class _AllToAll(torch.autograd.Function):
 
 def _all_to_all(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
     arrived = rows.new_empty(sum(received), *rows.shape[1:])
-    with answering():
-        dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group)
+    dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group)
     return arrived
 
 
@@ -57,8 +54,7 @@ class Exchange:
         order_N = torch.argsort(flat_N, stable=True)  # by expert, so by rank too
         sent_P = torch.bincount(flat_N // self.n_local, minlength=self.size)
         received_P = torch.empty_like(sent_P)
-        with answering():
-            dist.all_to_all_single(received_P, sent_P, group=self.group)
+        dist.all_to_all_single(received_P, sent_P, group=self.group)
         sent, received = torch.stack([sent_P, received_P]).tolist()
         self.rows_sent += sum(sent) - sent[dist.get_rank(self.group)]
         way = (sent, received, self.group)

@@ -17,8 +17,8 @@ from typing import Self
 
 import torch.distributed as dist
 
-from moelet.errors import TemporaryError
-from moelet.parallel.ranks import Lost, Team
+from moelet.errors import Interrupted, TemporaryError
+from moelet.parallel.ranks import Team, is_lost
 
 LOOK_SECONDS = 1.0  # between two signs of life, and two looks
 SILENT_SECONDS = 15.0  # without one, a rank is lost: after that all have half of torchrun's 30 s left to end in
@@ -49,15 +49,17 @@ class Watch:
         """End the watch. Of an error in this rank the others are told; one that is theirs gets its reason."""
         if self.team.alone:
             return
-        if isinstance(error, Lost):
+        if is_lost(error):
             self._found.wait(SILENT_SECONDS + 3 * LOOK_SECONDS)
             self._ended.set()
-            raise TemporaryError(f"{self._words or error} {self.advice}") from error
+            raise TemporaryError(f"{self._words or error} {self.advice}") from None
         self._ended.set()
         with suppress(Exception):
-            if error is not None and not getattr(error, "everywhere", False):
+            if error is not None and not isinstance(error, Interrupted):
                 first = (str(error).splitlines() or [""])[0]
                 self._store.set("lost", f"rank {self.team.rank} ended with {type(error).__name__}: {first[:300]}.")
+                if self.team.leads:  # the store may be in this process: time for the others to read that
+                    time.sleep(2 * LOOK_SECONDS)
             else:
                 self._store.set(f"beat/{self.team.rank}", "done")
 
@@ -76,7 +78,8 @@ class Watch:
                 beat = self._store.get(f"beat/{other}").decode() if self._store.check([f"beat/{other}"]) else ""
             except Exception as error:
                 if not self._ended.is_set():
-                    self._lose(f"the place where the ranks met is gone, and its process: {str(error).splitlines()[0]}.")
+                    host = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+                    self._lose(f"{host} is gone, where the ranks met ({str(error).splitlines()[0]}).")
                 return
             silent = 0.0 if beat != seen or beat == "done" else silent + passed
             seen = beat
