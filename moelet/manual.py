@@ -29,10 +29,10 @@ READERS = {  # modules in which a section's settings are looked for, by the name
     "model": ("moe", "modelling", "experts", "attention", "decoding"),
     "tokenizer": ("train", "commands/tokenizer", "prepare"),
     "data": ("text/sources", "text/files", "text/hub", "text/shards", "data", "train"),
-    "optim": ("optim", "muon", "step"),
+    "optim": ("optim", "muon", "state", "step"),
     "balance": ("step", "loss"),
     "parallel": ("parallel/layout",),
-    "train": ("step", "session", "trackers", "hparams", "fit", "identity", "cli", "train"),
+    "train": ("state", "step", "session", "trackers", "hparams", "fit", "identity", "cli", "train"),
 }
 HOLDERS = {"settings", "s", "data", "part"}  # what code calls a section, besides by its name
 OTHER_NAME = {"mix": "parts"}  # read through a property

@@ -67,6 +67,7 @@ def test_a_rank_that_dies_hangs_or_fails(
             assert ended and 0 not in codes, said
             for rank in set(range(layout.count)) - {victim}:
                 assert f"rank {victim} " in crew.texts()[rank] and "--resume" in crew.texts()[rank], said
+                assert kind != "error" or "KeyError: 'planted'" in crew.texts()[rank], said
             assert took < 30 or not trials.full, said
             assert newest(run)[1] == [], "nothing half written has a checkpoint's name"
             crew.train(layout.count, "--resume", run)
