@@ -41,9 +41,10 @@ class Question(NamedTuple):
 
 def read_task(path: Path, delimiter: str = DELIMITER, limit: int | None = None) -> list[Question]:
     """Return the questions of a file, the first `limit`. Raises UserError naming the line that is wrong."""
+    _require_unicode(delimiter, "--delimiter")
     try:
         with open_file(path, LARGEST_LINES) as file:
-            lines = file.read().decode("utf-8").split("\n")
+            lines = file.read().decode("utf-8-sig").split("\n")  # some editors begin a file with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it isn't UTF-8"
         raise UserError(f"the task {path} can't be read ({reason}). It is a .jsonl file. Give another.") from None
@@ -87,6 +88,8 @@ def _question(kind: str, row: dict[str, Any], delimiter: str, where: str) -> Que
     options, gold = row[several], row["gold"]
     if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) and o for o in options):
         raise UserError(f"{where}: {several} must be a list of two or more texts, none of them empty. Mend the line.")
+    for option in options:
+        _require_unicode(option, f"{where}: one of {several}")
     if type(gold) is not int or not 0 <= gold < len(options):
         raise UserError(
             f"{where}: gold is {json.dumps(gold)} and there are {len(options)} {several}. It must be the place of the "
@@ -103,7 +106,18 @@ def _text(row: dict[str, Any], name: str, where: str) -> str:
     text = row[name]
     if not isinstance(text, str) or (name == "continuation" and not text):
         raise UserError(f"{where}: {name} must be a text, a continuation not an empty one. Mend the line.")
+    _require_unicode(text, f"{where}: {name}")
     return text
+
+
+def _require_unicode(text: str, what: str) -> None:
+    """Raise UserError for half of a surrogate pair, which JSON can hold by its escape and no tokenizer can read."""
+    lone = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
+    if lone is not None:
+        raise UserError(
+            f"{what} has the lone surrogate U+{ord(lone):04X}, half of a character. Text must be valid Unicode. Remove "
+            "or replace it."
+        )
 
 
 def score(
@@ -116,7 +130,8 @@ def score(
 ) -> dict[str, float | None]:
     """Return the figures of a task: `n`, `acc`, `acc_stderr` and, by kind, `chance` and `acc_bytes` or `perplexity`.
 
-    `perplexity` is that of a whole continuation. Where there is one question alone, standard errors are None.
+    `perplexity` is that of a whole continuation, None where it is too large for a float64. Where there is one question
+    alone, standard errors are None.
     """
     pairs = encode_pairs(tokenizer, [text for question in questions for text in question.texts])
     rest = iter(likelihoods(model, pairs, batch_size, dtype, note))
@@ -129,7 +144,7 @@ def figures(questions: Sequence[Question], found: Sequence[Sequence[Likelihood]]
     if questions[0].gold is None:
         result |= _mean("acc", [float(answers[0].greedy) for answers in found])
         nats = -statistics.fmean(answers[0].log_probability for answers in found)
-        return result | {"perplexity": math.exp(min(nats, 700.0))}  # exp overflows a float64 past 709
+        return result | {"perplexity": math.exp(nats) if nats < 709 else None}  # from there on exp overflows a float64
     result |= {"chance": statistics.fmean(1 / len(question.texts) for question in questions)}
     right, right_by_bytes = [], []
     for question, answers in zip(questions, found, strict=True):

@@ -52,7 +52,9 @@ def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) ->
         sorted_BV, order_BV = logits_BV.sort(descending=True)
         probability_BV = sorted_BV.softmax(-1)
         before_BV = probability_BV.cumsum(-1) - probability_BV  # the first token to reach p is still allowed
-        sorted_BV[before_BV >= sampling.top_p] = float("-inf")
+        beyond_BV = before_BV >= sampling.top_p
+        beyond_BV[:, 0] = False  # a p below what float32 can tell from 0 leaves the likeliest
+        sorted_BV[beyond_BV] = float("-inf")
         logits_BV = torch.empty_like(logits_BV).scatter_(1, order_BV, sorted_BV)
     return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)[:, 0]
 

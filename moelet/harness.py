@@ -165,6 +165,8 @@ def told(figures: Figures) -> str:
     """Return figures in one line, each with its standard error."""
     parts = []
     for name, value in figures.items():
+        if name == "perplexity" and value is None:
+            parts.append("perplexity too large for a number")
         if value is not None and not name.endswith("_stderr") and "_stderr," not in name:
             head, comma, rest = name.partition(",")
             error = figures.get(f"{head}_stderr{comma}{rest}")

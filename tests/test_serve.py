@@ -209,6 +209,7 @@ def test_what_does_not_fit_is_refused_in_words(served: Server, body: Any, status
 def test_fields_that_ask_for_nothing_are_fine(served: Server) -> None:
     idle = {"suffix": None, "logit_bias": {}, "presence_penalty": 0, "best_of": 1, "user": "me", "stop": None}
     assert served.complete(prompt="x", max_tokens=3, **idle)["finish_reason"]
+    assert served.complete(prompt="x", max_tokens=3, top_p=1e-300)["finish_reason"]
 
 
 def test_other_addresses(served: Server) -> None:

@@ -153,6 +153,9 @@ def test_figures_of_known_likelihoods() -> None:
     assert told(result) == "n 4, chance 0.4583, acc 0.5 ± 0.29, acc_bytes 0.5 ± 0.29"
     guessed = figures([Question(texts[:1], None, None)] * 2, [[Likelihood(-1, True)], [Likelihood(-3, False)]])
     assert guessed == {"n": 2, "acc": 0.5, "acc_stderr": 0.5, "perplexity": pytest.approx(math.e**2)}
+    for nats in (709.5, math.inf):  # long continuations that a model finds impossible
+        beyond = figures([Question(texts[:1], None, None)], [[Likelihood(-nats, False)]])
+        assert beyond["perplexity"] is None and told(beyond) == "n 1, acc 0, perplexity too large for a number"
     single = figures([Question(texts, 0, None)], [answers(-1, -2)])
     assert single == {"n": 1, "chance": 0.5, "acc": 1.0, "acc_stderr": None}
 
@@ -166,6 +169,14 @@ def test_files_of_each_kind_are_read(tmp_path: Path) -> None:
     assert read["guess"][0] == Question([("self.parser = self.", " parser")], None, None)
     assert read_task(tmp_path / "choices.jsonl", "\nAnswer: ", 1)[0].texts[1][1] == "\nAnswer: é"
     assert [len(read_task(tmp_path / "choices.jsonl", limit=n)) for n in (1, 3, 99)] == [1, 3, 4]
+    marked = tmp_path / "marked.jsonl"
+    marked.write_bytes(b"\xef\xbb\xbf" + (tmp_path / "choices.jsonl").read_bytes())
+    assert read_task(marked) == read["choices"]
+    marked.write_text(r'{"context": "a", "continuation": "\ud83d"}')
+    with pytest.raises(UserError, match=r"line 1: continuation has the lone surrogate U\+D83D"):
+        read_task(marked)
+    with pytest.raises(UserError, match=r"--delimiter has the lone surrogate U\+DCFF"):
+        read_task(marked, "\udcff")
 
 
 GOOD = json.dumps(ROWS["choices"][1])
@@ -180,6 +191,14 @@ BAD = {
     "a query that isn't text": ('{"query": ["x"], "choices": ["a", "b"], "gold": 0}', "query must be a text"),
     "gold past the end": ('{"query": "x", "choices": ["a", "b"], "gold": 2}', "gold is 2 and there are 2"),
     "gold below 0": ('{"query": "x", "choices": ["a", "b"], "gold": -1}', "gold is -1"),
+    "half a choice": (
+        r'{"query": "x", "choices": ["a", "\ud800"], "gold": 0}',
+        r"one of choices has .*U\+D800",
+    ),
+    "half a query": (
+        r'{"query": "x\udc00", "choices": ["a", "b"], "gold": 0}',
+        r"query has .*U\+DC00.*Remove",
+    ),
     "gold true": ('{"query": "x", "choices": ["a", "b"], "gold": true}', "gold is true"),
 }
 
