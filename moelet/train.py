@@ -69,11 +69,12 @@ NAMED: dict[tuple[str, str], Mapping[str, Any]] = {  # settings that name someth
 }
 
 
-def check(hparams: Hparams, team: Team = ALONE) -> None:
+def check(hparams: Hparams, team: Team | None = ALONE) -> None:
     """Raise UserError, before any work, for a name that no table holds and for what this machine hasn't got, ranks
-    included."""
-    sizes_for(hparams.parallel, hparams.model, team.size)
-    if hparams.train.batch_size == "auto" and not team.alone:
+    included; None: nobody knows yet how many there will be."""
+    if team is not None:
+        sizes_for(hparams.parallel, hparams.model, team.size)
+    if team is not None and hparams.train.batch_size == "auto" and not team.alone:
         raise UserError(
             f'train.batch_size is "auto" and there are {team.size} ranks. It is looked for by one process alone. Set '
             "train.batch_size to the sequences of a micro-step over all ranks."

@@ -1,14 +1,29 @@
 """How ranks divide a run: sizes, parts, rows. What they then make of it is tests/faults/test_ranks_alike.py's."""
 
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import TinySettings
+from processes import assert_same_run, last_step
 
 from moelet.errors import UserError
 from moelet.hparams import make_hparams
+from moelet.metrics import read_rows
 from moelet.parallel.layout import Layout, Sizes, sizes_for
 from moelet.parallel.ranks import Team
 from moelet.parallel.rows import shares
 from moelet.sections import ModelSettings, ParallelSettings
+from moelet.storage.checkpoint import load
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_sizes_that_do_not_fit_name_those_that_do() -> None:
@@ -43,3 +58,53 @@ def test_every_rank_has_as_many_rows() -> None:
     hparams = make_hparams({"train": {"train_steps": 1, "batch_size": 5, "global_batch_size": 7}})
     batches = [type("B", (), {"labels": torch.zeros(n, 4)})() for n in hparams.micro_batches]
     assert shares(batches, 2) == [3, 1]
+
+
+def torchrun(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
+
+
+def test_the_two_rank_quick_start(tmp_path: Path) -> None:
+    """The README's own command, for three steps, with a run folder elsewhere; then what it made is used."""
+    (command,) = re.findall(r"^torchrun (.+) --resume runs/two$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    run = tmp_path / "two"
+    few = ["--set", "train.train_steps=3", "--set", "train.eval_tokens=2000"]
+    done = subprocess.run(
+        [*torchrun(*command.split()), "--resume", str(run), *few], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 data x 1 shard x 1 expert" in done.stdout and "done in" in done.stdout
+    assert [row["step"] for row in read_rows(run)] == [1, 2, 3]
+    assert load(run).step == 3
+
+
+@pytest.mark.nightly
+def test_torchrun_starts_a_run_again_that_lost_a_rank(tmp_path: Path, tiny_settings: TinySettings) -> None:
+    """With --max-restarts and --resume the run goes on by itself, and is the one it would have been, to the last bit.
+
+    torchrun takes nobody else's word for it: the rank is killed from outside.
+    """
+    steps = {"train_steps": 60, "checkpoint_steps": 2, "eval_steps": 30}
+    (tmp_path / "s.json").write_text(json.dumps(tiny_settings(train=steps, parallel={"expert": 2})))
+    runs = [tmp_path / "whole", tmp_path / "cut"]
+    for run in runs:
+        options = ("--nproc-per-node", 2, "--max-restarts", 2, "--master-port", 0)
+        command = torchrun(*options, "train.py", tmp_path / "s.json", "--resume", run)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if run.name == "cut":
+            limit = time.monotonic() + 120
+            while last_step(run) < 10 and time.monotonic() < limit:
+                time.sleep(0.01)
+            os.kill(rank_of(process.pid, 1), signal.SIGKILL)
+        said = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, said
+    assert_same_run(runs[1], runs[0])
+
+
+def rank_of(parent: int, rank: int) -> int:
+    """Return the process of a rank that torchrun, process `parent`, has started."""
+    for task in Path(f"/proc/{parent}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+                return int(child)
+    raise AssertionError("there is no such rank")
