@@ -5,6 +5,7 @@ interrupted, once training has begun with everything saved. Commands import what
 --help is quick.
 """
 
+import shlex
 import signal
 import sys
 import time
@@ -20,7 +21,7 @@ from moelet.commands.foresee import doctor, plan
 from moelet.commands.serve import serve_runs
 from moelet.commands.settings import show_settings
 from moelet.commands.tokenizer import tokenizer_app
-from moelet.errors import DISK, Interrupted, TemporaryError, UserError, printable
+from moelet.errors import DISK, Interrupted, TemporaryError, UserError, complain, printable
 from moelet.parallel.started import started_rank
 from moelet.storage.disk import check_writable, make_folder, write_json
 from moelet.storage.lock import refuse_held
@@ -83,6 +84,7 @@ def train(
     from moelet.allocator import keep_freed_memory
     from moelet.budget import parse_duration
     from moelet.console import Progress
+    from moelet.follow import take_part
     from moelet.hparams import read_hparams
     from moelet.parallel.ranks import join
 
@@ -91,7 +93,7 @@ def train(
     progress, began = Progress(), time.monotonic()
     team = join()
     if not team.leads:
-        _follow(team)
+        take_part(team)
         return
     changes = [*(changes or []), *([] if track is None else [f"train.track={track}"])]
     if resume is not None and (file is None or training.is_run(resume)):
@@ -102,17 +104,6 @@ def train(
     hparams = read_hparams(path, changes + ([] if seconds is None else [f"train.time_budget={seconds}"]))
     folder = resume or run or Path(hparams.train.run or f"runs/{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     _train_and_report(folder, progress, lambda: training.start(hparams, folder, progress, began, team))
-
-
-def _follow(team: Any) -> None:
-    """Do this rank's part of the run, as the leader says."""
-    from moelet.follow import follow
-    from moelet.parallel.ranks import leave
-
-    ended_by = follow(team)
-    leave(team)
-    if ended_by is not None:
-        raise Interrupted(ended_by, f"rank {team.rank} ended with the run.")
 
 
 def _train_and_report(run: Path, progress: Any, work: Any) -> None:
@@ -171,7 +162,7 @@ def prepare(
         ("shards", f"{len(made['shards'])}"),
     ]
     print("\n".join(table(str(out), rows)))
-    print(f"train   python -m moelet train {out / 'hparams.json'}")
+    print(f"train   python -m moelet train {shlex.quote(str(out / 'hparams.json'))}")
     write_json(json_file, {key: made[key] for key in ("items", "bytes", "tokens", "vocab_size")})
 
 
@@ -376,24 +367,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = app(args=None if arguments is None else list(arguments), prog_name="moelet", standalone_mode=False)
         if result == 130:  # typer's answer to Ctrl-C; the training loop has an answer of its own
-            print("moelet: interrupted outside of training; run the same command again.", file=sys.stderr)
+            complain("interrupted outside of training; run the same command again.")
         return result if isinstance(result, int) else 0
     except ClickException as error:
         error.show()
         return error.exit_code
     except (UserError, TemporaryError, Interrupted) as error:
-        print(f"moelet: {printable(str(error))}", file=sys.stderr)
+        complain(str(error))
         return error.exit_code
     except (MemoryError, RuntimeError) as error:
         from moelet.memory import told
 
-        print(f"moelet: {told(error)}", file=sys.stderr)
+        complain(told(error))
         return UserError.exit_code
     except OSError as error:
         if error.errno in DISK:
-            print(f"moelet: the disk {DISK[error.errno]} ({error}). Then run the same command again.", file=sys.stderr)
+            complain(f"the disk {DISK[error.errno]} ({error}). Then run the same command again.")
             return TemporaryError.exit_code
         if error.filename is None:
             raise
-        print(f"moelet: {error.filename} can't be used ({error.strerror}). Mend that.", file=sys.stderr)
+        complain(f"{error.filename} can't be used ({error.strerror}). Mend that.")
         return UserError.exit_code

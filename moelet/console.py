@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from moelet.errors import printable
+from moelet.errors import lead_nowhere, printable
 
 PLAIN_SECONDS = 5.0  # a pipe or a notebook gets a line at most this often; a terminal redraws one line in place
 
@@ -40,11 +40,19 @@ def progress_line(row: dict[str, Any], total_steps: int | None, seconds_left: fl
     return " | ".join(parts)
 
 
+class _Unheard(Console):
+    """A console whose reader may go away: rich's own ends the process then, as `head` would have any other tool do."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        lead_nowhere(self.file)
+
+
 class Progress:
     """Shows messages and a progress line; a context manager, so that the terminal is left as it was."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(soft_wrap=True, highlight=False)
+        self._console = console or _Unheard(soft_wrap=True, highlight=False)
         in_place = self._console.is_terminal and not self._console.is_jupyter
         self._live = Live(console=self._console, transient=True, auto_refresh=False) if in_place else None
         self._shown = float("-inf")
@@ -60,7 +68,8 @@ class Progress:
                 self._live.stop()
 
     def say(self, *lines: str) -> None:
-        """Print lines that stay. Training goes on where nobody takes them: on a full disk, in a closed terminal."""
+        """Print lines that stay. Training goes on where nobody takes them: on a full disk, in a closed terminal or
+        pipe."""
         for line in lines:
             with suppress(OSError):
                 self._console.print(Text(printable(line)))

@@ -6,6 +6,7 @@ the window is read again.
 
 import json
 import math
+import shlex
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,7 +114,7 @@ def keep(run: Path, number: int, found: dict[str, Any]) -> str:
 
 def bad_step(error: UserError, words: str, run: Path, kept: int, optim: OptimSettings) -> UserError:
     """Return the error that a bad step ends a run with; `words` say what is known, `kept` is the last checkpoint."""
-    again = f"python -m moelet train --resume {run} --set"
+    again = f"python -m moelet train --resume {shlex.quote(str(run))} --set"
     return UserError(
         f"{error}\n  {words}\n"
         f"  The checkpoint of step {kept} is untouched. Either\n"
@@ -130,7 +131,7 @@ def no_memory(
     """Return the error that a run ends with when a single row doesn't fit; `kept` are its checkpoints, `peak` in MiB,
     `unsaved` why what came after them isn't saved."""
     saved = (f"saved are all steps up to {kept[-1]}" if kept else "nothing is saved") + unsaved
-    again = f"python -m moelet train --resume {run}"
+    again = f"python -m moelet train --resume {shlex.quote(str(run))}"
     recompute = "" if hparams.train.checkpoint_activations else f"  {again} --set train.checkpoint_activations=true\n"
     return UserError(
         f"{error}, at step {step + 1}; peak {peak:.0f} MiB; {saved}. Either:\n{recompute}"

@@ -2,10 +2,13 @@
 
 import difflib
 import errno
+import os
+import sys
 import unicodedata
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib.util import find_spec
-from typing import TypeVar
+from typing import IO, TypeVar
 
 T = TypeVar("T")
 DISK = {  # what a disk's answers to writing mean, and what to do
@@ -66,3 +69,19 @@ def printable(text: str) -> str:
         c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\N{REPLACEMENT CHARACTER}" for c in text
     )
     return "".join(shown)
+
+
+def complain(text: str) -> None:
+    """Say why the process ends; where nobody hears it any more, the exit code still does."""
+    try:
+        print(f"moelet: {printable(text)}", file=sys.stderr, flush=True)
+    except OSError:
+        lead_nowhere(sys.stderr)
+
+
+def lead_nowhere(file: IO[str]) -> None:
+    """Have a file whose reader has gone take whatever comes, so that what waits in it doesn't fail at the end."""
+    with suppress(OSError, ValueError):  # not a file of the system's
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, file.fileno())
+        os.close(nowhere)

@@ -5,12 +5,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from moelet.data import Validation
-from moelet.errors import UserError
+from moelet.errors import Interrupted, UserError
 from moelet.evaluate import evaluate
 from moelet.finite import BadStep
 from moelet.hparams import make_hparams
 from moelet.parallel.orders import BUILD, END, EVALUATE, HOLD_OUT, RESTORE, SAVE, STEP, advice
-from moelet.parallel.ranks import Lost, Team
+from moelet.parallel.ranks import Lost, Team, leave
 from moelet.parallel.rows import deal
 from moelet.parallel.watch import Watch
 from moelet.state import Training, build, restore, write_parts
@@ -18,6 +18,17 @@ from moelet.step import train_step
 from moelet.stopping import Asked, stop_signals
 from moelet.storage.checkpoint import read
 from moelet.tokenizer import Tokenizer
+
+
+def take_part(team: Team) -> None:
+    """Be one of a run's ranks that don't lead, to its end.
+
+    Raises Interrupted where the run was; TemporaryError where a rank is lost, the leader included.
+    """
+    ended_by = follow(team)
+    leave(team)
+    if ended_by is not None:
+        raise Interrupted(ended_by, f"rank {team.rank} ended with the run.")
 
 
 def follow(team: Team) -> int | None:

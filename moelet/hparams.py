@@ -32,6 +32,8 @@ from moelet.storage.intake import LARGEST_JSON, open_file, open_inside, parse_js
 UNION_BRANCHES = ("list[", "str", "constrained", "literal[")  # how pydantic names the parts of `int | str` in a place
 LONGEST_VALUE = 60  # characters of a wrong value that its message shows
 MOST_PROBLEMS = 50  # wrong settings that are explained
+ENOUGH = 'Give the path of one. {"train": {"train_steps": 1000}} in a file is enough for a beginning.'
+DEFAULT_FILE, DEFAULT_STEPS = Path("hparams.json"), 1000  # where no file is given; where there is none
 
 
 class Hparams(Section):
@@ -93,6 +95,16 @@ def read_hparams(path: str | Path, changes: Sequence[str] = ()) -> Hparams:
     return _read(lambda: open_file(Path(path), LARGEST_JSON), path, changes)
 
 
+def read_or_default(file: Path | None, changes: Sequence[str] = ()) -> Hparams:
+    """Return the settings of a file; without one, those of hparams.json, or the defaults where there is none."""
+    if file is not None or DEFAULT_FILE.exists():
+        return read_hparams(file or DEFAULT_FILE, changes)
+    data: dict[str, Any] = {"train": {"train_steps": DEFAULT_STEPS}}
+    for change in changes:
+        _apply(data, change)
+    return make_hparams(data)
+
+
 def read_hparams_inside(folder: Path, name: str, changes: Sequence[str] = ()) -> Hparams:
     """Return the settings of a folder, as `read_hparams`, from a file that lies in it."""
     return _read(lambda: open_inside(folder, name, LARGEST_JSON), folder / name, changes)
@@ -103,7 +115,7 @@ def _read(opened: Callable[[], BufferedReader], path: str | Path, changes: Seque
         with opened() as file:
             data = parse_json(file.read(), str(path))
     except FileNotFoundError:
-        raise UserError(f"there is no settings file {path}. Give the path of one, such as hparams.json.") from None
+        raise UserError(f"there is no settings file {path}. {ENOUGH}") from None
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}). Give the path of a settings file.") from None
     if not isinstance(data, dict):

@@ -167,3 +167,25 @@ def changes_text(changed: list[str], before: Marks) -> bool:
 def reread(cursor: Cursor) -> Cursor:
     """Return the cursor of a run whose text has changed: the start of it, in the order of a pass not yet made."""
     return {**START, "epoch": cursor["epoch"] + 1}
+
+
+def with_commits_of(saved: Hparams, hparams: Hparams) -> Hparams:
+    """Return `hparams` where a dataset without a revision stays at the commit that the run began with."""
+
+    def keep(old: Any, new: Any) -> Any:
+        same = (old.dataset, old.name) == (new.dataset, new.name) and new.revision is None
+        return new.model_copy(update={"revision": old.revision}) if same else new
+
+    data = keep(saved.data, hparams.data)
+    if data.parts and len(saved.data.parts) == len(data.parts):
+        data = data.model_copy(update={"mix": list(map(keep, saved.data.parts, data.parts))})
+    return hparams.model_copy(update={"data": data})
+
+
+def with_batch_size_of(saved: Hparams, hparams: Hparams) -> Hparams:
+    """Return `hparams` where "auto" stays at the size that the run has found, as long as a step's is the same."""
+    old, new = saved.train, hparams.train
+    if new.batch_size != "auto" or old.batch_size == "auto" or old.global_batch_size != new.global_batch_size:
+        return hparams
+    kept = new.model_copy(update={"batch_size": old.batch_size, "memory_limit_gb": None})
+    return hparams.model_copy(update={"train": kept})

@@ -71,7 +71,9 @@ class Session:
         self.rewinds: Counter[int] = Counter()  # to the checkpoint of each step
         self.rows_to_evaluate: int | None = None  # at a time, since memory ran out in that; None: as they come
         hparams = training.hparams
-        self.saver = Saver(run, hparams.train.on_save_failure, self.belongings, progress, self.enough, self.lines)
+        self.saver = Saver(
+            run, hparams.train.on_save_failure, self.belongings, progress, self.enough, self.lines, held.check
+        )
         budget = hparams.train.time_budget
         evaluation = FORWARD_SHARE * validation.n_tokens / hparams.tokens_per_step
         self.pace = None if budget is None else Pace(clock, budget, evaluation)
@@ -160,6 +162,7 @@ class Session:
         if not self.unwritten:
             return
         try:
+            self.held.check()  # not into another run's
             append_metrics(self.run, *self.unwritten)
         except OSError as error:
             if first:
@@ -309,7 +312,6 @@ class Session:
         if self.saved_at == training.step:
             return True
         began = time.perf_counter()
-        self.held.check()
         training.elapsed = self.clock.now()
         whole = snapshot(training, self.marks)
         require_finite(whole.model, "the weight")

@@ -6,6 +6,7 @@ What is done at each step is `moelet.session`'s.
 
 import math
 import os
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -30,6 +31,8 @@ from moelet.identity import (
     require_length,
     require_same,
     reread,
+    with_batch_size_of,
+    with_commits_of,
 )
 from moelet.kernels.native import why_not
 from moelet.loss import BALANCE
@@ -48,7 +51,7 @@ from moelet.storage import checkpoint
 from moelet.storage.checkpoint import HPARAMS, TOKENIZER, load_run_settings
 from moelet.storage.disk import write_file
 from moelet.storage.lock import LOCK, Held, lock
-from moelet.storage.manifest import checkpoint_steps, folders, name_run, read_state, sweep
+from moelet.storage.manifest import UNSAVED, checkpoint_steps, folders, name_run, note_unsaved, read_state, sweep
 from moelet.text.documents import Cursor
 from moelet.text.prefetch import Reader
 from moelet.text.shards import folder_of, read_manifest
@@ -162,14 +165,31 @@ def start(hparams: Hparams, run: Path, progress: Progress, began: float | None =
         if folders(run):
             raise UserError(
                 f"{run} holds a run with checkpoints. A new run needs a folder of its own: give another --run, or go "
-                f"on with this one: python -m moelet train --resume {run}"
+                f"on with this one: python -m moelet train --resume {shlex.quote(str(run))}"
             )
+        refuse_to_forget(run)
         train(_fresh(pinned(hparams), run, progress, team), run, progress, clock, held)
+
+
+def refuse_to_forget(run: Path) -> None:
+    """Raise UserError for a folder without checkpoints whose run has had some: they are elsewhere for the moment.
+
+    A run that was killed before its first one has a note of that, and starts over.
+    """
+    if (run / UNSAVED).exists() or not any((run / name).exists() for name in (METRICS_FILE, TOKENIZER)):
+        return
+    raise UserError(
+        f"{run} holds a run that has had checkpoints, and {run / 'checkpoints'} holds none now. To go on it needs "
+        "them. Nothing was changed. Put them back (is a disk not mounted, was the folder moved?) and run the same "
+        "command again; to start over, begin a new run: python -m moelet train "
+        f"{shlex.quote(str(run / HPARAMS))} --run ANOTHER."
+    )
 
 
 def _fresh(hparams: Hparams, run: Path, progress: Progress, team: Team) -> Training:
     """Return a run at its first step: its folder cleared of what an earlier try left, its tokenizer made, its batch
     size found."""
+    note_unsaved(run)
     for leftover in (METRICS_FILE, TOKENIZER, ACCEPTED):
         (run / leftover).unlink(missing_ok=True)
     sweep(run)
@@ -218,6 +238,7 @@ def resume(
             if total == training.step:
                 progress.say("this run is finished: nothing is left to train, whatever the time.")
         else:
+            refuse_to_forget(run)
             progress.say(f"{run} has no checkpoint yet: starting over.")
             training = _fresh(hparams, run, progress, team)
         train(training, run, progress, Clock(spent, time.monotonic() if began is None else began), held)
@@ -234,28 +255,6 @@ def spent_on(run: Path) -> float:
     state = read_state(run, steps[-1]) if steps else {}
     saved = state.get("elapsed")  # of a checkpoint that nobody has verified yet
     return max(last_elapsed(run), saved if isinstance(saved, float) and 0 <= saved < math.inf else 0.0)
-
-
-def with_commits_of(saved: Hparams, hparams: Hparams) -> Hparams:
-    """Return `hparams` where a dataset without a revision stays at the commit that the run began with."""
-
-    def keep(old: Any, new: Any) -> Any:
-        same = (old.dataset, old.name) == (new.dataset, new.name) and new.revision is None
-        return new.model_copy(update={"revision": old.revision}) if same else new
-
-    data = keep(saved.data, hparams.data)
-    if data.parts and len(saved.data.parts) == len(data.parts):
-        data = data.model_copy(update={"mix": list(map(keep, saved.data.parts, data.parts))})
-    return hparams.model_copy(update={"data": data})
-
-
-def with_batch_size_of(saved: Hparams, hparams: Hparams) -> Hparams:
-    """Return `hparams` where "auto" stays at the size that the run has found, as long as a step's is the same."""
-    old, new = saved.train, hparams.train
-    if new.batch_size != "auto" or old.batch_size == "auto" or old.global_batch_size != new.global_batch_size:
-        return hparams
-    kept = new.model_copy(update={"batch_size": old.batch_size, "memory_limit_gb": None})
-    return hparams.model_copy(update={"train": kept})
 
 
 def _restored(hparams: Hparams, run: Path, progress: Progress, accept: bool, team: Team) -> Training:

@@ -127,6 +127,20 @@ def test_emulated_bf16_is_found_on_a_processor(hparams: Hparams, sign: str, monk
     assert faults(asked, ["precision"]) == {}
 
 
+def test_float32_has_its_reason(hparams: Hparams, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(name: str) -> str:
+        train = hparams.train.model_copy(update={"precision": name, "device": "cpu"})
+        return next(examine(hparams.model_copy(update={"train": train}), ["precision"])).told
+
+    monkeypatch.setattr(precision, "cpu_gains_by_bf16", lambda: False)
+    monkeypatch.setattr(checks_machine, "product_seconds", lambda *formats: [1.7, 1.0])
+    monkeypatch.setattr(checks_machine, "cpu_has_bf16", lambda: True)
+    assert "timed and no faster (timed again: 1.70 of float32's time)" in told("auto")
+    monkeypatch.setattr(checks_machine, "cpu_has_bf16", lambda: False)
+    assert told("auto") == "float32 on this processor, which has no products of bf16"
+    assert 'train.precision "fp32" says' in told("fp32")
+
+
 def with_own_head(right: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(right)
     def make(self: GPT, settings: Any, vocab_size: int) -> None:

@@ -18,6 +18,7 @@ from conftest import TinySettings
 
 from moelet import train
 from moelet.cli import main
+from moelet.commands.export import ollama_name
 from moelet.console import Progress
 from moelet.data import training_texts
 from moelet.errors import UserError
@@ -408,19 +409,20 @@ def test_options_that_say_nothing_are_refused(
 def test_export_on_the_command_line(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Checked by the stranger; what is there already stays as it is."""
     pytest.importorskip("transformers")
-    out, result = tmp_path / "out", tmp_path / "x.json"
+    out, result = tmp_path / 'my "out', tmp_path / "x.json"
     command = ["export", str(runs["extras"]), "--to", "hf", "--out", str(out), "--rows", "2"]
     assert main([*command, "--json", str(result)]) == 0
     shown, made = capsys.readouterr().out, json.loads(result.read_text())
+    assert f"from_pretrained({json.dumps(str(out))}, trust_remote_code=True)" in shown
     assert "MoeletForCausalLM" in shown and "model.smear is True, not False" in shown
     assert made["own_code"] == ["tokenization_moelet.py", "modeling_moelet.py"]
-    assert made["parity"]["logits"] < 1e-4 and made["parity"]["same"] == made["parity"]["prompts"] == 2
+    assert made["parity"]["logits"] < 1e-4 and made["parity"]["same"] == made["parity"]["prompts"] == 20
     assert made["parity"]["origin"] == "held-out text" and made["parity"]["tokens"] > 16
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert main(command) == 78
-    assert "out is there already" in capsys.readouterr().err
+    assert 'my "out is there already' in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "x.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['my "out', "x.json"]
 
 
 class Stranger:
@@ -518,6 +520,19 @@ def test_the_text_to_compare_on(runs: dict[str, Path], tiny_settings: TinySettin
     assert here.rows[0][0] == tokenizer.bos_id
     gone = parity.sample_text(make_hparams(tiny_settings(data={"files": "nowhere/*.txt"})), tokenizer, 32, 3)
     assert gone.origin == "the embedded corpus" and len(gone.rows) == 3
+    for sample in (here, gone):  # where the text is long enough, what contexts begin with
+        assert [len(prompt) for prompt in sample.prompts] == [16] * 20
+        assert sample.prompts[0] == sample.rows[0][:16]
+    assert gone.prompts[:3] == [row[:16] for row in gone.rows]
+    assert parity._prompts([1, 2, 3], 32) == [[1, 2], [2, 3]] and parity._prompts([1] * 99, 8) == [[1] * 7] * 20
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("first.gguf", "first"), ("My Model (v2).gguf", "my-model-v2"), ("$(x);\n.gguf", "x"), ("日本.gguf", "moelet")],
+)
+def test_ollamas_name_needs_no_quotes(file: str, name: str) -> None:
+    assert ollama_name(Path(file)) == name
 
 
 def test_the_modelfile_runs_the_model_as_we_do(runs: dict[str, Path]) -> None:

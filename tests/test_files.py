@@ -173,17 +173,46 @@ def test_a_folder_of_every_kind_gives_each_document_once(tmp_path: Path) -> None
 
 def test_a_link_is_read_by_its_own_ending(tmp_path: Path) -> None:
     """The cache of the Hugging Face Hub links names to blobs that have no ending."""
-    (tmp_path / "named").mkdir()
+    (tmp_path / "blobs").mkdir()
+    named = tmp_path / "snapshots" / "0123abcd"
+    named.mkdir(parents=True)
     for name, data in {"a.jsonl.gz": gzip.compress(b'{"text": "row"}'), "b.txt": b"plain"}.items():
-        (tmp_path / f"blob{name[0]}").write_bytes(data)
-        (tmp_path / "named" / name).symlink_to(tmp_path / f"blob{name[0]}")
-    write_table(tmp_path / "blobc", ["cell"])
+        (tmp_path / "blobs" / name[0]).write_bytes(data)
+        (named / name).symlink_to(f"../../blobs/{name[0]}")
+    write_table(tmp_path / "blobs" / "c", ["cell"])
     for name in ("c.parquet", "again.parquet"):
-        (tmp_path / "named" / name).symlink_to(tmp_path / "blobc")
-    assert sorted(texts(files(tmp_path / "named"))) == ["cell", "plain", "row"]
-    assert [item.name for item, _ in read(files(tmp_path / "named" / "*.parquet"))] == [
-        f"{tmp_path}/named/again.parquet:1"
-    ]
+        (named / name).symlink_to("../../blobs/c")
+    assert sorted(texts(files(named))) == ["cell", "plain", "row"]
+    assert [item.name for item, _ in read(files(named / "*.parquet"))] == [f"{named}/again.parquet:1"]
+
+
+def test_links_out_of_a_folder_and_pipes_are_left_out_with_a_word(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pipe would be waited for, a device never end, and a link may lead to what its maker may not read."""
+    outside = tmp_path_factory.mktemp("outside")
+    (outside / "deep").mkdir()
+    for name in ("secret.txt", "deep/secret.txt"):
+        (outside / name).write_text("secret")
+    expected = sorted(texts(files(folder)))
+    links = {"out.txt": outside / "secret.txt", "zero.txt": Path("/dev/zero"), "deep/up.txt": Path("../../secret.txt")}
+    for name, target in {**links, "loop.txt": Path("loop.txt"), "away": outside / "deep"}.items():
+        (folder / name).symlink_to(target)
+    (folder / "inside.txt").symlink_to("a.txt")
+    os.mkfifo(folder / "pipe.jsonl")
+    for named in ([folder], [folder / "**" / f"*.{ending}" for ending in ("txt", "md", "py", "jsonl")]):
+        text_files._tell.cache_clear()
+        caplog.clear()
+        assert sorted(texts(files(*named))) == expected
+        for name in (*links, "loop.txt", "pipe.jsonl"):
+            assert f"{folder / name} is left out" in caplog.text, (named, name)
+    with pytest.raises(UserError, match="pipe.jsonl is a pipe. It must be a file"):
+        read(files(folder / "pipe.jsonl"))
+    with pytest.raises(UserError, match="no file matches"):
+        read(files(folder / "out*.txt"))
+    assert texts(files(folder / "out.txt")) == ["secret"]  # whoever names a link means it
+    (outside / "mine").symlink_to(folder)
+    assert sorted(texts(files(outside / "mine"))) == expected
 
 
 @pytest.mark.parametrize("around", COMPRESSED)

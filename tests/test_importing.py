@@ -90,6 +90,18 @@ def test_an_imported_run_is_trained_on(
     assert main(command) == 78  # the folder is taken
 
 
+def test_without_a_settings_file_the_defaults_train_it(
+    exported: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["import", str(exported["factorised"]), "--run", "my run", "--set", "optim.lr=0.002"]) == 0
+    told, hparams = capsys.readouterr().out, load(tmp_path / "my run").hparams
+    assert "the defaults, as there is no hparams.json here" in told and "train --resume 'my run'" in told
+    assert hparams.total_steps == 1000 and hparams.optim.lr == 0.002 and hparams.data.source == "embedded"
+    assert main(["import", str(exported["factorised"]), "none.json", "--run", "b"]) == 78
+    assert 'no settings file none.json. Give the path of one. {"train"' in capsys.readouterr().err
+
+
 def test_a_folder_that_transformers_saved_again(exported: dict[str, Path], settings: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     again = tmp_path / "again"

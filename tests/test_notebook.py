@@ -42,7 +42,7 @@ import subprocess, sys, types
 
 def shell(command):
     print("+", command, flush=True)
-    subprocess.run(command, shell=True, check=True)
+    subprocess.run(command, shell=True, check="--to gguf" not in command)  # which not every recipe has
 
 _exit_code = 0  # as in IPython, of the last command
 shown = []
@@ -69,6 +69,60 @@ def run_notebook(parameters: str) -> str:
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
+
+
+@pytest.mark.nightly
+def test_recipes_of_other_shapes_come_to_the_end_too(corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    parameters = "\n".join(
+        [f"TEXT = {str(corpus)!r}", "MINUTES = 0.3", f"NAME = {str(tmp_path / 'run')!r}",
+         "RECIPE = 'recipes/cpu-tiny.json'", f"CHANGES = {TINY!r}", "PROMPT = 'def '", "REPOSITORY = ''"]
+    )  # fmt: skip
+    assert "RAN TO ITS END" in run_notebook(parameters) and (tmp_path / "run-hf" / "modeling_moelet.py").exists()
+
+
+def run_cell(words: str, before: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the one cell that holds `words`, after other lines, in a process."""
+    (found,) = [source(cell) for cell in cells() if cell["cell_type"] == "code" and words in source(cell)]
+    script = f"{before}\n{as_python(found)}"
+    return subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True)
+
+
+STAND_IN = """
+import sys, types
+
+class Taken:
+    @staticmethod
+    def from_pretrained(folder, **options):
+        sys.exit(f"asked with {options}")
+
+stand_in = sys.modules["transformers"] = types.ModuleType("transformers")
+stand_in.AutoTokenizer = stand_in.AutoModelForCausalLM = Taken
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ({}, "asked with {'trust_remote_code': False}"),
+        ({"modeling_moelet.py": "ours"}, "asked with {'trust_remote_code': True}"),
+        ({"modeling_moelet.py": "x"}, "run-hf holds code that is not this copy's"),
+        ({"another.py": "x"}, "FileNotFoundError"),
+    ],
+)
+def test_an_exports_code_runs_only_where_it_is_ours(code: dict[str, str], told: str, tmp_path: Path) -> None:
+    (tmp_path / "run-hf").mkdir()
+    for name, text in code.items():
+        data = (ROOT / "moelet" / "export" / name).read_bytes() if text == "ours" else text.encode()
+        (tmp_path / "run-hf" / name).write_bytes(data)
+    done = run_cell("AutoTokenizer", f"RUN = {str(tmp_path / 'run')!r}{STAND_IN}", ROOT)
+    assert done.returncode == 1 and told in done.stderr
+
+
+def test_a_repository_that_gives_nothing_is_told(tmp_path: Path) -> None:
+    done = run_cell("git clone", "REPOSITORY = 'https://x/OWNER/moelet'\nshell = print", tmp_path)
+    assert done.returncode == 1 and "GIT_TERMINAL_PROMPT=0 git clone" in done.stdout
+    assert "REPOSITORY is 'https://x/OWNER/moelet', which gave no copy. Set it in part 1" in done.stderr
 
 
 @pytest.mark.nightly

@@ -1,6 +1,7 @@
 """`moelet plan`: what it says of a run is what the run has, takes and needs."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,8 @@ from moelet.cli import main
 from moelet.errors import UserError
 from moelet.foresee import plan as planned
 from moelet.foresee.cards import CARDS, Card, Simulations, chosen, estimate
-from moelet.foresee.page import hours, short
-from moelet.foresee.proposals import Pace, Search
+from moelet.foresee.page import block, hours, short
+from moelet.foresee.proposals import Pace, Search, rounded_up
 from moelet.foresee.rehearsal import Rehearsed, rehearse
 from moelet.foresee.simulate import simulate
 from moelet.foresee.sizes import empty_model, files, flops, parameters
@@ -255,17 +256,42 @@ def planned_widths() -> tuple[int, ...]:
     return WIDTHS
 
 
+def test_the_widest_is_said_to_be(tiny_settings: TinySettings, tmp_path: Path) -> None:
+    proposals = search(tiny_settings, tmp_path, 1e5, 1e15).find(1.0, 1e15)
+    assert [row["widest"] for row in proposals] == [True, False] and proposals[0]["d_model"] == planned_widths()[-1]
+    said = block("proposals", {"file": "x.json", "changes": [], "proposals": proposals, "proposals_for": "a card"})
+    assert said.count("the widest that is tried") == 1
+
+
+def test_advice_is_rounded_up() -> None:
+    given = (0.000402, 0.5, 9.91, 41.2, 123.4)
+    assert [rounded_up(value) for value in given] == ["0.00041", "0.5", "10", "42", "124"]
+
+
 def test_a_wrong_guess_is_mended_by_what_is_measured(tiny_settings: TinySettings, tmp_path: Path) -> None:
     want = search(tiny_settings, tmp_path, 1.0, 3e10).find(1.0, 3e10)[0]["d_model"]
     for guessed in (3e8, 3e12):
         assert search(tiny_settings, tmp_path, 1.0, 3e10).find(1.0, guessed)[0]["d_model"] == want
 
 
-def test_too_little_time_says_how_much_it_takes(tiny_settings: TinySettings, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--hours is 0\.001.*needs .* hours for 20 tokens.*Give --hours") as error:
-        search(tiny_settings, tmp_path, 0.001, 1e9).find(1.0, 1e9)
+@pytest.mark.parametrize(("given", "speed"), [(0.001, 1e9), (1e-5, 1e12)])
+def test_too_little_time_says_how_much_it_takes(
+    given: float, speed: float, tiny_settings: TinySettings, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=rf"--hours is {given}.*needs .* hours for 20 tokens.*Give --hours") as error:
+        search(tiny_settings, tmp_path, given, speed).find(1.0, speed)
     enough = float(str(error.value).split("--hours ")[-1].rstrip("."))
-    assert search(tiny_settings, tmp_path, enough, 1e9).find(1.0, 1e9)[0]["d_model"] == planned_widths()[0]
+    assert search(tiny_settings, tmp_path, enough, speed).find(1.0, speed)[0]["d_model"] == planned_widths()[0]
+    with pytest.raises(UserError):
+        search(tiny_settings, tmp_path, enough * 0.8, speed).find(1.0, speed)
+
+
+def test_a_step_that_takes_longer_than_the_time_is_not_enough(tiny_settings: TinySettings, tmp_path: Path) -> None:
+    """One is always planned, and with such batches it alone has enough tokens."""
+    tried = search(tiny_settings, tmp_path, 1e-6, 1e9)
+    tried.changes.append("train.batch_size=100000")
+    with pytest.raises(UserError, match="The smallest size"):
+        tried.find(1.0, 1e9)
 
 
 # the command
@@ -310,13 +336,13 @@ def test_plan_needs_no_data(
 def test_plan_proposes_settings_that_train(
     settings_file: Path, tried: list[Hparams], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, made = tmp_path / "plan.json", tmp_path / "ready.json"
+    out, made = tmp_path / "plan.json", tmp_path / "ready to go.json"
     command = ["plan", str(settings_file), "--hours", "4000", "--gpus", "L4", "--json", str(out), "--out", str(made)]
     assert main(command) == 0
     proposal, said = json.loads(out.read_text())["proposals"][0], capsys.readouterr().out
     assert proposal["tokens_per_active_parameter"] >= 20
     assert json.loads(made.read_text()) == proposal["settings"]
-    assert f"--set model.d_model={proposal['d_model']}" in said and f"moelet train {made}" in said
+    assert f"--set model.d_model={proposal['d_model']}" in said and f"moelet train {shlex.quote(str(made))}" in said
 
 
 def test_plan_for_a_card_that_is_not_here(settings_file: Path, tmp_path: Path, tried: list[Hparams]) -> None:
@@ -331,10 +357,15 @@ def test_plan_for_a_card_that_is_not_here(settings_file: Path, tmp_path: Path, t
     assert found["gpus"][0]["hours"] > 0
 
 
-def test_plan_without_trying(settings_file: Path, tmp_path: Path, tried: list[Hparams]) -> None:
+def test_plan_without_trying(
+    settings_file: Path, tmp_path: Path, tried: list[Hparams], capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "plan.json"
     assert main(["plan", str(settings_file), "--seconds", "0", "--gpus", "T4", "--json", str(out)]) == 0
-    assert json.loads(out.read_text())["memory_mb"] is None and not tried
+    found, said = json.loads(out.read_text()), capsys.readouterr().out
+    assert found["memory_mb"] is None and not tried
+    assert found["decoding_memory_without"] is not None and "MB at its most, without " in said
+    assert said.index("parameters") < said.index("not tried") < said.index("a step simulated")
 
 
 @pytest.mark.parametrize(

@@ -268,10 +268,10 @@ def test_the_command_says_how_to_train(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("settings.json").write_text(hparams.to_json())
-    assert main(["prepare", "settings.json", "--out", "ready", "--json", "made.json"]) == 0
-    assert "train   python -m moelet train ready/hparams.json" in capsys.readouterr().out
+    assert main(["prepare", "settings.json", "--out", "ready made", "--json", "made.json"]) == 0
+    assert "train   python -m moelet train 'ready made/hparams.json'" in capsys.readouterr().out
     assert json.loads(Path("made.json").read_text())["tokens"] > 40 * hparams.tokens_per_step
-    assert main(["train", "ready/hparams.json", "--run", "run"]) == 0
+    assert main(["train", "ready made/hparams.json", "--run", "run"]) == 0
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert main(["evaluate", "../run"]) == 0

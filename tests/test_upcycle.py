@@ -128,11 +128,11 @@ def test_noise_is_relative_and_seeded(dense: Path, tmp_path: Path) -> None:
 
 def test_it_is_an_ordinary_run(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the command line: it trains on, ends with a report, generates, and its experts grow apart."""
-    run = tmp_path / "run"
+    run = tmp_path / "a run"
     command = ["upcycle", str(dense), "--run", str(run), "--experts", "4", "--noise", "0.01"]
     assert main([*command, "--set", "train.train_steps=8"]) == 0
     told = capsys.readouterr().out
-    assert "at step 12" in told and f"train --resume {run}" in told and "from its start" in told
+    assert "at step 12" in told and f"train --resume '{run}'" in told and "from its start" in told
     assert main(["generate", str(run), "--prompt", "def", "--tokens", "5"]) == 0
     first = read(run, 0).model["layers.0.mlp.experts.up_proj"]
     assert main(["train", "--resume", str(run)]) == 0

@@ -3,6 +3,9 @@
 They import what they need when they run, so that --help is quick.
 """
 
+import json
+import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,7 +51,8 @@ def _export_hf(run: Path, out: Path, code: str, n_rows: int) -> dict[str, Any]:
     rows += [("because", reason) for reason in made.reasons]
     rows += _checked(made.parity._asdict())
     print("\n".join(table(str(out), rows)))
-    print(f'load  AutoModelForCausalLM.from_pretrained("{out}"{trust}), AutoTokenizer likewise')
+    place = json.dumps(str(out), ensure_ascii=False)
+    print(f"load  AutoModelForCausalLM.from_pretrained({place}{trust}), AutoTokenizer likewise")
     return _plain(made)
 
 
@@ -66,9 +70,14 @@ def _export_gguf(run: Path, out: Path, kind: str, n_rows: int) -> dict[str, Any]
     else:
         rows += _checked(made.parity._asdict())
     print("\n".join(table(str(out), rows)))
-    name = out.stem.lower()
-    print(f"for Ollama:\ncat > Modelfile <<'END'\n{modelfile(made)}\nEND\nollama create {name} -f Modelfile")
+    print(f"for Ollama:\ncat > Modelfile <<'END'\n{modelfile(made)}\nEND")
+    print(f"ollama create {ollama_name(out)} -f Modelfile")
     return _plain(made)
+
+
+def ollama_name(path: Path) -> str:
+    """Return the name of a file's model at Ollama: small letters, digits and what may stand between them."""
+    return re.sub(r"[^a-z0-9]+", "-", path.stem.lower(), flags=re.ASCII).strip("-") or "moelet"
 
 
 def _checked(parity: dict[str, Any]) -> list[tuple[str, str]]:
@@ -93,8 +102,8 @@ def import_folder(
     folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A folder that `moelet export --to hf` wrote.")],
     run: Annotated[Path, typer.Option("--run", metavar="DIR", help="The new run's folder.")],
     file: Annotated[
-        Path, typer.Argument(metavar="[FILE]", help="The settings to train it with; its model is the folder's.")
-    ] = Path("hparams.json"),
+        Path | None, typer.Argument(metavar="[FILE]", help="The settings to train it with; its model is the folder's.")
+    ] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting; may be repeated.")
     ] = None,
@@ -102,15 +111,18 @@ def import_folder(
     """Make a run of an exported folder, to evaluate it or to train it on. No code of the folder is run."""
     from moelet.console import table
     from moelet.export.importing import import_hf
+    from moelet.hparams import DEFAULT_FILE
 
     made = import_hf(folder, run, file, changes or [])
-    steps = made.hparams.total_steps
+    steps, defaults = made.hparams.total_steps, file is None and not DEFAULT_FILE.exists()
     rows = [
         ("weights", f"those of {folder}, {made.kind}, {made.parameters / 1e6:.1f}M parameters"),
+        ("settings", f"the defaults, as there is no {DEFAULT_FILE} here: give FILE for others" if defaults
+         else f"those of {file or DEFAULT_FILE}, the model's and tokenizer's are the folder's"),
         ("length", "a time budget" if steps is None else f"{steps:,} steps, with a schedule and optimizer of its own"),
-    ]
+    ]  # fmt: skip
     print("\n".join(table(str(run), rows)))
-    print(f"train   python -m moelet train --resume {run}")
+    print(f"train   python -m moelet train --resume {shlex.quote(str(run))}")
 
 
 def upcycle_run(
@@ -141,4 +153,4 @@ def upcycle_run(
         ("length", "a time budget" if steps is None else f"{steps:,} steps, with a schedule and optimizer of its own"),
     ]  # fmt: skip
     print("\n".join(table(str(run), rows)))
-    print(f"train   python -m moelet train --resume {run}")
+    print(f"train   python -m moelet train --resume {shlex.quote(str(run))}")

@@ -2,6 +2,7 @@
 --help is quick.
 """
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,6 @@ def plan(
     import json
 
     from moelet.console import Progress
-    from moelet.foresee.page import page
     from moelet.foresee.plan import Request
     from moelet.foresee.plan import plan as make
 
@@ -41,12 +41,12 @@ def plan(
     if out is not None and hours is None:
         raise UserError("--out is where proposed settings go, and nothing is asked for. Give --hours as well.")
     with Progress() as progress:
-        found = make(Request(file or Path("hparams.json"), changes or [], hours, gpus, seconds), progress)
-    print(page(found))
+        request = Request(file or Path("hparams.json"), changes or [], hours, gpus, seconds)
+        found = make(request, progress, lambda block: print(block, flush=True))
     write_json(json_file, found)
     if out is not None:
         write_file(out, (json.dumps(found["proposals"][0]["settings"], indent=2) + "\n").encode())
-        print(f"train   python -m moelet train {out}")
+        print(f"train   python -m moelet train {shlex.quote(str(out))}")
 
 
 def doctor(file: Settings = None, changes: Changes = None, json_file: JsonFile = None) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from moelet.errors import UserError
 from moelet.export.hf import CONFIG, WEIGHTS
 from moelet.export.names import hf_names
-from moelet.hparams import Hparams, make_hparams, read_hparams
+from moelet.hparams import Hparams, make_hparams, read_or_default
 from moelet.memory import require_memory
 from moelet.modelling import NORM_EPS, shapes_of
 from moelet.sections import ModelSettings
@@ -43,8 +43,10 @@ class Imported(NamedTuple):
     parameters: int
 
 
-def import_hf(folder: Path, run: Path, file: Path, changes: Sequence[str] = ()) -> Imported:
+def import_hf(folder: Path, run: Path, file: Path | None, changes: Sequence[str] = ()) -> Imported:
     """Make the run folder `run` of an exported folder, to be trained by the settings in `file` with `changes`.
+
+    Without a file they are those of hparams.json, or the defaults where there is none.
 
     The model's and tokenizer's settings are the folder's. Raises UserError for anything else than a model of ours or
     a Qwen3 with a tokenizer of ours; nothing is written then.
@@ -70,7 +72,7 @@ def import_hf(folder: Path, run: Path, file: Path, changes: Sequence[str] = ()) 
 def _import(
     folder: Path,
     run: Path,
-    file: Path,
+    file: Path | None,
     changes: Sequence[str],
     config: dict[str, Any],
     tokenizer: Tokenizer,
@@ -167,12 +169,12 @@ SETTINGS_OF: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
 }
 
 
-def _settings(file: Path, model: dict[str, Any], tokenizer: Tokenizer, changes: Sequence[str]) -> Hparams:
+def _settings(file: Path | None, model: dict[str, Any], tokenizer: Tokenizer, changes: Sequence[str]) -> Hparams:
     """Return the settings of the new run: of `file`, but for model and tokenizer, with changes that leave these."""
     given = [f"model.{name}={json.dumps(value)}" for name, value in model.items()]
     given += ["tokenizer.file=null", f"tokenizer.vocab_size={tokenizer.vocab_size}", "train.run=null"]
     given.append(f"balance.bias_rate={0.001 if model.get('selection_bias') else 'null'}")
-    base, new = read_hparams(file, given), read_hparams(file, [*given, *changes])
+    base, new = read_or_default(file, given), read_or_default(file, [*given, *changes])
     for section in ("model", "tokenizer"):
         old, now = (getattr(hparams, section).model_dump(mode="json") for hparams in (base, new))
         for name in old.keys() - FREE_SETTINGS:

@@ -50,6 +50,7 @@ class Sample(NamedTuple):
     origin: str
     texts: list[str]
     rows: list[list[int]]  # of the context's length, where there is text enough
+    prompts: list[list[int]]  # PROMPTS of them, however few the rows
 
 
 class Limits(NamedTuple):
@@ -88,7 +89,15 @@ def sample_text(hparams: Hparams, tokenizer: Tokenizer, context: int, rows: int 
         origin, texts = "the embedded corpus", _texts(DataSettings())
     ids = [id for text in texts for id in (tokenizer.bos_id, *tokenizer.encode(text).tolist(), tokenizer.eos_id)]
     n_rows = max(1, min(rows, ROW_BYTES // (4 * context * tokenizer.vocab_size), len(ids) // context))
-    return Sample(origin, texts, [ids[at : at + context] for at in range(0, n_rows * context, context)])
+    rows_of_ids = [ids[at : at + context] for at in range(0, n_rows * context, context)]
+    return Sample(origin, texts, rows_of_ids, _prompts(ids, context))
+
+
+def _prompts(ids: list[int], context: int) -> list[list[int]]:
+    """Return the beginnings of PROMPTS contexts; where there is too little text for so many, they overlap."""
+    length = max(1, min(PROMPT, context - 1, len(ids) - 1))
+    apart = max(1, min(context, (len(ids) - length) // PROMPTS))
+    return [ids[at : at + length] for at in range(0, len(ids) - length + 1, apart)][:PROMPTS]
 
 
 def _texts(settings: DataSettings) -> list[str]:
@@ -136,11 +145,10 @@ def check_parity(kind: str, path: Path, loaded: Loaded, sample: Sample, limits: 
     texts = [*ODD_TEXTS, f"a{SPACE} b", *sample.texts]
     if kind == "gguf":  # llama.cpp takes that character for a space, and a file can't tell it otherwise
         texts = [text for text in texts if SPACE not in text]
-    prompts = [row[: min(PROMPT, len(row) - 1)] for row in sample.rows[:PROMPTS]]
     with tempfile.TemporaryDirectory() as scratch:
         files, made_files = (
             [Path(scratch, f"{name}{n}.npy") for n in range(len(rows))]
-            for name, rows in (("row", sample.rows), ("made", prompts))
+            for name, rows in (("row", sample.rows), ("made", sample.prompts))
         )
         ours = []
         for row, file in zip(sample.rows, files, strict=True):
@@ -149,8 +157,9 @@ def check_parity(kind: str, path: Path, loaded: Loaded, sample: Sample, limits: 
             ours.append((end, _loss(logits_SV, row)))
         job = {
             "path": str(path.absolute()), "own_code": own_code, "texts": texts, "rows": sample.rows,
-            "ids": [[tokenizer.bos_id, *row.tolist()] for row in tokenizer.encode_batch(texts)], "prompts": prompts,
-            "new_tokens": min(NEW_TOKENS, model.settings.max_length - max(map(len, prompts))),
+            "ids": [[tokenizer.bos_id, *row.tolist()] for row in tokenizer.encode_batch(texts)],
+            "prompts": sample.prompts,
+            "new_tokens": min(NEW_TOKENS, model.settings.max_length - max(map(len, sample.prompts))),
             "logits": [str(file) for file in files], "made_logits": [str(file) for file in made_files],
             "suppressed": suppressed_ids(model), "end": tokenizer.eos_id, "context": model.settings.max_length,
             "threads": torch.get_num_threads(),
@@ -159,14 +168,14 @@ def check_parity(kind: str, path: Path, loaded: Loaded, sample: Sample, limits: 
         if found["wrong_ids"]:
             wrong, text = len(found["wrong_ids"]), texts[found["wrong_ids"][0]]
             raise _mismatch(found, f"{wrong} of {len(texts)} texts get other ids, such as {text[:40]!r}")
-        same = _check_generated(model, prompts, found, [np.load(file) for file in made_files], limits)
+        same = _check_generated(model, sample.prompts, found, [np.load(file) for file in made_files], limits)
     largest = max(max(row[:end], default=0.0) for row, (end, _) in zip(found["differences"], ours, strict=True))
     of_all = max(max(row) for row in found["differences"])
     loss = max(abs(theirs - loss) for theirs, (_, loss) in zip(found["losses"], ours, strict=True))
     if not (largest <= limits.logits and loss <= limits.loss):
         raise _mismatch(found, f"logits are up to {largest:.2g} apart, the loss of a row {loss:.2g}")
     tokens, of_tokens = sum(end for end, _ in ours), sum(map(len, sample.rows))
-    figures = (len(texts), tokens, of_tokens, largest, of_all, loss, len(prompts), same)
+    figures = (len(texts), tokens, of_tokens, largest, of_all, loss, len(sample.prompts), same)
     return Parity(found["software"], found["class"], sample.origin, *figures)
 
 

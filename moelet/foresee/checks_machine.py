@@ -19,7 +19,7 @@ from moelet.data import START, one_epoch
 from moelet.errors import TemporaryError, UserError
 from moelet.foresee.patient import FAULT, NOTE, OK, Finding, Patient
 from moelet.foresee.sizes import empty_model, files
-from moelet.precision import choose_dtype, product_seconds
+from moelet.precision import choose_dtype, cpu_has_bf16, product_seconds
 from moelet.sections import SourceSettings
 
 PYTHON = (3, 11)
@@ -81,7 +81,19 @@ def _format(name: str, device: torch.device, used: bool) -> Finding:
             return Finding(what, FAULT, f"bf16 would be emulated on {where}, which needs 8.0 for it", remedy)
     elif dtype == torch.bfloat16 and (reason := lost_on_cpu()) is not None:
         return Finding(what, FAULT, reason, remedy)
-    return Finding(what, OK, f"{found}, in hardware on {where}" if dtype != torch.float32 else f"float32 on {where}")
+    if dtype != torch.float32:
+        return Finding(what, OK, f"{found}, in hardware on {where}")
+    return Finding(what, OK, f"float32 on {where}{_why_float32(name)}")
+
+
+def _why_float32(name: str) -> str:
+    """Return why it isn't a narrower format; "auto" takes one on any card."""
+    if name != "auto":
+        return f', as train.precision "{name}" says'
+    if not cpu_has_bf16():
+        return ", which has no products of bf16"
+    narrow, wide = product_seconds(torch.bfloat16, torch.float32)
+    return f": its bf16 products were timed and no faster (timed again: {narrow / wide:.2f} of float32's time)"
 
 
 def lost_on_cpu() -> str | None:

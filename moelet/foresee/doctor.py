@@ -13,7 +13,7 @@ from moelet.foresee.checks_kernels import build, parity
 from moelet.foresee.checks_machine import folder, hub, precision, text, versions
 from moelet.foresee.checks_model import REPORTED, balance, causality, resume, start, tying
 from moelet.foresee.patient import FAULT, Finding, Patient
-from moelet.hparams import Hparams, make_hparams, read_hparams
+from moelet.hparams import Hparams, read_or_default
 
 Check = Callable[[Patient], Iterator[Finding]]
 CHECKS: dict[str, Check] = {
@@ -33,13 +33,6 @@ CHECKS: dict[str, Check] = {
 WIDTH = 27  # of the column of names
 LONGEST = 300  # characters of an error that a check stopped with
 SIGNS = {"ok": "ok", "note": "note", "fault": "FAULT"}
-
-
-def settings(file: Path | None, changes: Sequence[str]) -> Hparams:
-    """Return the settings to look at: a file's, hparams.json's where there is one, else the defaults."""
-    if file is not None or Path("hparams.json").exists():
-        return read_hparams(file or Path("hparams.json"), changes)
-    return make_hparams({"train": {"train_steps": 1000}})
 
 
 def examine(hparams: Hparams, names: Sequence[str] = tuple(CHECKS)) -> Iterator[Finding]:
@@ -69,7 +62,7 @@ def summary(findings: Sequence[Finding], seconds: float) -> str:
 def doctor(file: Path | None, changes: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
     """Examine, say each finding as it comes, and return all of them."""
     began, found = time.monotonic(), list[Finding]()
-    hparams = settings(file, changes)
+    hparams = read_or_default(file, changes)
     for finding in examine(hparams):
         found.append(finding)
         say(line(finding, WIDTH))

@@ -59,8 +59,9 @@ def _here(found: dict[str, Any]) -> list[str]:
         how = f"{low:,.0f} to {high:,.0f} in {made['steps']} steps, {made['seconds']:.0f} s, on {made['text']}"
         rows.append(("speed", f"{found['tokens_per_second']:,.0f} tokens/s ({how})"))
         rows.append(("training", f"{megabytes(found['memory_mb'])} at its most: {_parts(found['memory_by_part_mb'])}"))
-    decoding = _parts(found["decoding_memory_by_part_mb"])
-    rows.append(("decoding", f"{megabytes(found['decoding_memory_mb'])} at its most: {decoding}"))
+    decoding, without = _parts(found["decoding_memory_by_part_mb"]), found["decoding_memory_without"]
+    besides = "" if without is None else f", without {without}"
+    rows.append(("decoding", f"{megabytes(found['decoding_memory_mb'])} at its most{besides}: {decoding}"))
     if found["tokens"] is not None:
         each = f"{found['tokens_per_active_parameter']:.1f} per active parameter"
         rows.append(("this run", f"{short(found['tokens'])} tokens, {each}: {hours(found['hours'])}"))
@@ -117,13 +118,25 @@ def _proposals(found: dict[str, Any]) -> list[str]:
             f"{megabytes(row['memory_mb'])}, {hours(row['hours'])}"
         )
         sets = (part for change in (*found["changes"], *row["changes"]) for part in ("--set", change))
+        if row["widest"]:
+            lines.append("     (the widest that is tried: in that time a larger one would see enough tokens, too)")
         lines.append("     moelet train " + shlex.join([found["file"], *sets]))
     return lines
 
 
-def page(found: dict[str, Any]) -> str:
-    """Return the plan as text."""
-    blocks = [_sizes(found), _here(found), _cards(found), *map(_cluster, found["clusters"])]
-    if found["proposals"]:
-        blocks.append(_proposals(found))
-    return "\n\n".join("\n".join(block) for block in blocks)
+def _clusters(found: dict[str, Any]) -> list[str]:
+    return [line for cluster in found["clusters"] for line in [*_cluster(cluster), ""]][:-1]
+
+
+BLOCKS = {
+    "sizes": _sizes,
+    "here": _here,
+    "cards": _cards,
+    "clusters": _clusters,
+    "proposals": _proposals,
+}  # in the order of their making
+
+
+def block(name: str, found: dict[str, Any]) -> str:
+    """Return a part of the plan as text, given all that is known by the time it is said."""
+    return "\n".join([*BLOCKS[name](found), ""])

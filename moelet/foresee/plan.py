@@ -4,6 +4,7 @@ Sizes are counted by `moelet.foresee.sizes`, this machine is measured by `rehear
 `cards`, sizes for a time are found by `proposals`; here they become one result.
 """
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from moelet.decoding import decodes, decoding_dtype
 from moelet.errors import UserError
 from moelet.foresee.cards import BASIS, Card, Simulations, chosen, estimate
 from moelet.foresee.clusters import on_many, parted
+from moelet.foresee.page import block
 from moelet.foresee.proposals import Pace, Search
 from moelet.foresee.rehearsal import MIB, least_decoding, rehearse
 from moelet.foresee.sizes import FLOAT, empty_model, files, flops, parameters
@@ -40,8 +42,11 @@ class Request(NamedTuple):
     seconds: float = 20.0  # of calibration; 0: none
 
 
-def plan(request: Request, progress: Progress) -> dict[str, Any]:
-    """Return all that can be said of the run. Raises UserError for what doesn't fit."""
+def plan(request: Request, progress: Progress, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Return all that can be said of the run, and tell each part of it as soon as it is known.
+
+    Raises UserError for what doesn't fit.
+    """
     single, clusters = parted(request.gpus)
     hparams, cards = read_hparams(request.file, request.changes), chosen(single)
     if request.hours is not None and not 0 < request.hours < 1e6:
@@ -53,19 +58,25 @@ def plan(request: Request, progress: Progress) -> dict[str, Any]:
     found: dict[str, Any] = {"file": str(request.file), "changes": request.changes, "vocab_size": vocab_size}
     found |= parameters(hparams.model, model) | flops(hparams.model, model)
     found["checkpoint_bytes"] = files(hparams, model)
+    tell(block("sizes", found))
     found |= _here(request, hparams, vocab_size, progress)
     found |= decoding_memory(hparams, model, found["why_not_here"])
     found |= _length(hparams, found)
+    tell(block("here", found))
     progress.say("other cards, from a step simulated operation by operation")
     simulations = Simulations(hparams, vocab_size)
     found |= {"gpus": [_with_hours(estimate(card, simulations), found) for card in cards], "gpus_rest_on": BASIS}
     found["clusters"] = [on_many(count, card, hparams, vocab_size, model) for count, card in clusters]
     for cluster in found["clusters"]:
         cluster["layouts"] = [_with_hours(row, found) for row in cluster["layouts"]]
+    tell(block("cards", found))
+    if clusters:
+        tell(block("clusters", found))
     found["settings"] = hparams.model_dump(mode="json")
     found["proposals"] = []
     if request.hours is not None:
         found |= _proposals(request, found, cards[0] if request.gpus else None, progress)
+        tell(block("proposals", found))
     return found
 
 
@@ -106,17 +117,23 @@ def _here(request: Request, hparams: Hparams, vocab_size: int, progress: Progres
 
 
 def decoding_memory(hparams: Hparams, model: GPT, why_not_here: str | None) -> dict[str, Any]:
-    """Return the memory of `moelet generate` with one prompt: at its most while weights are read, or in a long text."""
+    """Return the memory of `moelet generate` with one prompt: at its most while weights are read, or in a long text.
+
+    `decoding_memory_without` says what isn't in it.
+    """
     s, count = hparams.model, sum(parameter.numel() for parameter in model.parameters())
     weights, cache = count * FLOAT / MIB, 2 * s.n_layers * s.d_model * s.max_length * FLOAT / MIB
     parts = {"weights": weights, "keys and values": cache}
+    without: str | None = "CUDA's own context"
     if choose_device("auto").type == "cpu":
         copied = decodes(s) and decoding_dtype() == torch.bfloat16
         copy = weights / 2 if copied else 0.0
         parts["weights once more: read from the file, then in the format of decoding"] = max(weights - cache, copy)
-        if why_not_here is None:
+        without = None if why_not_here is None else "Python, torch and buffers, which weren't tried"
+        if without is None:
             parts["Python, torch, buffers"] = least_decoding(hparams)
-    return {"decoding_memory_mb": sum(parts.values()), "decoding_memory_by_part_mb": parts}
+    found = {"decoding_memory_mb": sum(parts.values()), "decoding_memory_by_part_mb": parts}
+    return {**found, "decoding_memory_without": without}
 
 
 def _length(hparams: Hparams, found: dict[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class Search:
         changes += [f"train.train_tokens={steps * hparams.tokens_per_step}", f"optim.warmup_steps={warmup}"]
         self._tried[width] = {
             "d_model": width,
+            "widest": width == WIDTHS[-1],
             "parameters": size.parameters,
             "active_parameters": size.active,
             "tokens": steps * hparams.tokens_per_step,
@@ -90,13 +91,25 @@ class Search:
         while place + 1 < len(WIDTHS) and self._enough(place) and self._enough(place + 1):
             place += 1
         if not self._enough(place):
-            smallest = self.proposal(WIDTHS[0])
-            needed = self.hours * ACTIVE_TOKENS / smallest["tokens_per_active_parameter"]
+            needed = rounded_up(self._needed(self.proposal(WIDTHS[0])))
             raise UserError(
-                f"--hours is {self.hours:g}. The smallest size, d_model {WIDTHS[0]}, needs {needed:.2g} hours for "
-                f"{ACTIVE_TOKENS} tokens per active parameter. Give --hours {math.ceil(needed * 100) / 100:g}."
+                f"--hours is {self.hours:g}. The smallest size, d_model {WIDTHS[0]}, needs {needed} hours for "
+                f"{ACTIVE_TOKENS} tokens per active parameter. Give --hours {needed}."
             )
         return [self.proposal(WIDTHS[at]) for at in (place, place - 1) if at >= 0]
 
     def _enough(self, place: int) -> bool:
-        return self.proposal(WIDTHS[place])["tokens_per_active_parameter"] >= ACTIVE_TOKENS
+        made = self.proposal(WIDTHS[place])  # at least a step, however little the time
+        return made["tokens_per_active_parameter"] >= ACTIVE_TOKENS and made["hours"] <= self.hours
+
+    def _needed(self, made: dict[str, Any]) -> float:
+        """Return the hours in which a size sees enough tokens, in whole steps."""
+        hparams = read_hparams(self.file, [*self.changes, *made["changes"]])
+        steps = math.ceil(ACTIVE_TOKENS * made["active_parameters"] / hparams.tokens_per_step)
+        return steps * hparams.tokens_per_step / made["tokens_per_second"] / 3600 / SHARE
+
+
+def rounded_up(value: float) -> str:
+    """Return a positive number by its first two digits, rounded up: 0.00041 for 0.000402."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return f"{math.ceil(value / unit) * unit:.2g}" if value < 100 else f"{math.ceil(value)}"

@@ -37,7 +37,7 @@ class Held:
     """A folder's lock in this process's hands."""
 
     def __init__(self, folder: Path, file: BinaryIO) -> None:
-        self.folder, self._file = folder, file
+        self.folder, self._file, self._place = folder, file, os.stat(folder)
         self._name = f"{_who()}\n{uuid.uuid4().hex}\n".encode()
         file.truncate(0)
         file.write(self._name)  # at the end, which is the beginning: the file is opened for appending
@@ -49,6 +49,8 @@ class Held:
         try:
             content = path.read_bytes()
         except FileNotFoundError:  # somebody removed it: whoever comes now is let in, so come first
+            if not os.path.samestat(self._place, os.stat(self.folder)):  # of its name: ours was moved, or isn't mounted
+                raise OSError(errno.ESTALE, "it is another folder now", str(self.folder)) from None
             self._file = _take(self.folder)[0]
             self._file.write(self._name)
             self._file.flush()

@@ -23,6 +23,7 @@ from moelet.storage.intake import LARGEST_JSON, open_inside, parse_json, size_of
 FORMAT, FORMAT_OF_PARTS = 1, 2  # the second: no rank has all of it, and each writes files of its own
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 PARTS, RUN_ID = (MODEL, OPTIMIZER, STATE), "run_id"
+UNSAVED = "unsaved"  # a file that is in a run's folder until its first checkpoint is
 LARGEST = 2**44  # bytes of a file of tensors, which are held against the machine's memory later
 T = TypeVar("T")
 
@@ -55,6 +56,11 @@ def name_run(run: Path) -> str:
     run_id = uuid.uuid4().hex[:16]
     write_file(run / RUN_ID, run_id.encode())
     return run_id
+
+
+def note_unsaved(run: Path) -> None:
+    """Note that the run in a folder has no checkpoint yet: there is nothing of it that starting over could lose."""
+    write_file(run / UNSAVED, b"No checkpoint of this run has been written yet.\n")
 
 
 def run_id_of(run: Path) -> str:
@@ -264,7 +270,7 @@ def retain(run: Path, keep: int, best: int | None, good: int | None = None) -> N
         run_id = run_id_of(run)
     except UserError:  # which checkpoints are its own isn't known: the next resume says so
         return
-    own = [step for step, folder in folders(run) if owner_of(folder) == run_id]
+    own = _own(run, run_id)
     if good is None:
         good = next((step for step in reversed(own) if fault(folder_of(run, step)) is None), None)
     for step in own[:-keep]:
@@ -277,6 +283,36 @@ def retain(run: Path, keep: int, best: int | None, good: int | None = None) -> N
             with suppress(OSError):
                 _remove(damaged)
     sweep(run)
+    if good is not None:
+        with suppress(OSError):
+            (run / UNSAVED).unlink(missing_ok=True)
+
+
+def _own(run: Path, run_id: str) -> list[int]:
+    return [step for step, folder in folders(run) if owner_of(folder) == run_id]
+
+
+def make_room(run: Path, best: int | None) -> list[int]:
+    """Remove the run's own checkpoints that are older than the newest one that verifies, but the best, which is that of
+    step `best` or what the newest one says; return their steps.
+    """
+    try:
+        run_id = run_id_of(run)
+    except UserError:  # as in `retain`
+        return []
+    own = _own(run, run_id)
+    good = next((step for step in reversed(own) if fault(folder_of(run, step)) is None), None)
+    if good is None:
+        return []
+    noted = read_state(run, good).get("best")
+    kept = {best, good, noted.get("step") if isinstance(noted, dict) else None}
+    removed = []
+    for step in own[: own.index(good)]:
+        if step not in kept:
+            with suppress(OSError):
+                _remove(folder_of(run, step))
+                removed.append(step)
+    return removed
 
 
 def sweep(run: Path) -> None:

@@ -9,6 +9,7 @@ What the arms and jobs are is `study`'s, how fast they are `calibrate`'s, where 
     prove.json, prove.png, prove.html
 """
 
+import shlex
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -127,7 +128,8 @@ class Study:
                 self._show()
         if received.stop is not None:
             raise Interrupted(
-                received.stop, f"interrupted and saved. Go on with: python -m moelet prove --run {self.folder}"
+                received.stop,
+                f"interrupted and saved. Go on with: python -m moelet prove --run {shlex.quote(str(self.folder))}",
             )
 
     def _fill(self, pool: ProcessPoolExecutor, stopping: bool) -> None:
@@ -151,7 +153,8 @@ class Study:
                 return
             raise TemporaryError(
                 f"the process of job {job.folder} was killed, perhaps for want of memory. What it had saved is kept. "
-                f"Run it again, with fewer --jobs if need be: python -m moelet prove --run {self.folder}"
+                f"Run it again, with fewer --jobs if need be: python -m moelet prove --run "
+                f"{shlex.quote(str(self.folder))}"
             ) from None
         if problem == STOPPED:
             return

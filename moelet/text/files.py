@@ -1,12 +1,15 @@
 """Text from files of the machine: which files the settings name, and the documents in each."""
 
 import codecs
+import errno
 import glob
 import hashlib
 import io
 import json
 import logging
 import os
+import stat
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
@@ -18,6 +21,7 @@ import pyarrow as pa
 
 from moelet.errors import UserError
 from moelet.sections import SourceSettings
+from moelet.storage.intake import KINDS, open_file
 from moelet.text.decompress import BLOCK, CODECS, Decompressed
 from moelet.text.documents import Cursor, Document, Items, Parts, Skipped, checked, no_field, place_in
 from moelet.text.pulse import beat
@@ -39,8 +43,12 @@ def _find_files(settings: SourceSettings) -> list[Path]:
     patterns = [settings.files] if isinstance(settings.files, str) else settings.files or []
     found: dict[Path, Path] = {}  # names by what they lead to; the target of a link needs no ending
     for pattern in patterns:
-        matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
-        paths = [path for match in matches for path in _below(Path(match))]
+        if os.path.exists(pattern):
+            paths = list(_below(Path(pattern), Path(pattern)))
+        else:
+            top = next(path for path in (Path(pattern), *Path(pattern).parents) if not glob.has_magic(str(path)))
+            matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
+            paths = [path for match in matches if _belongs(match, top) for path in _below(match, top)]
         if not paths:
             raise UserError(
                 f"data.files names {pattern!r} and no file matches (the current directory is {os.getcwd()}). "
@@ -52,8 +60,11 @@ def _find_files(settings: SourceSettings) -> list[Path]:
     return sorted(found.values())
 
 
-def _below(path: Path) -> Iterator[Path]:
-    """Yield the file itself, or the text files of a folder and its folders, those with a dot first left out."""
+def _below(path: Path, top: Path) -> Iterator[Path]:
+    """Yield the file itself, or the text files of a folder and its folders, those with a dot first left out.
+
+    A link that a person names is theirs; what is found in a folder must lie in `top`.
+    """
     if not path.is_dir():
         if not path.name.endswith(tuple(READERS)):
             raise UserError(f"{path} doesn't end in {ENDINGS}. Convert it, or take it out of data.files.")
@@ -63,12 +74,34 @@ def _below(path: Path) -> Iterator[Path]:
             subfolders.clear()
             continue
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        yield from (Path(folder, name) for name in names if name.endswith(tuple(READERS)))
+        found = (Path(folder, name) for name in names if name.endswith(tuple(READERS)))
+        yield from (name for name in found if _belongs(name, top))
+
+
+def _belongs(path: Path, top: Path) -> bool:
+    """Return whether what was found in a folder lies in it, and isn't what opening would wait for; say what isn't read.
+
+    Links of the Hugging Face Hub's cache lead from `snapshots` to `blobs`, and may. One that leads to nothing is told
+    when it is opened.
+    """
+    target, top = Path(os.path.realpath(path)), Path(os.path.realpath(top))
+    blobs = [above.parent / "blobs" for above in (top, *top.parents) if above.name == "snapshots"]
+    if not any(target.is_relative_to(place) for place in (top, *blobs)):
+        _tell(f"{path} is left out: it leads out of {top}, to {target}. To read it, name it in data.files, or copy it")
+        return False
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        mode = stat.S_IFLNK if error.errno == errno.ELOOP else stat.S_IFREG
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        _tell(f"{path} is left out: it is {KINDS[stat.S_IFMT(mode)]}, not a file")
+        return False
+    return True
 
 
 def _open(path: Path) -> BinaryIO:
     try:
-        return path.open("rb")
+        return open_file(path, sys.maxsize)
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}). Mend that, or take it out of data.files.") from None
 

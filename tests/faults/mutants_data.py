@@ -46,6 +46,13 @@ MUTANTS = [
         "tests/faults/test_hub_away.py::test_a_hub_that_stays_away",
     ),
     Mutant(
+        "rows of a table decoded together whatever their length",
+        "moelet/text/tables.py",
+        "    rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, longest)))",
+        "    rows = BATCH_ROWS",
+        "tests/faults/test_bad_rows.py::test_bombs",
+    ),
+    Mutant(
         "a row group that ends early taken for whole",
         "moelet/text/tables.py",
         "            if number != end:",

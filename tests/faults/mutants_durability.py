@@ -85,8 +85,8 @@ MUTANTS = [
     Mutant(
         "another run's checkpoints cleared out",
         "moelet/storage/manifest.py",
-        "    own = [step for step, folder in folders(run) if owner_of(folder) == run_id]",
-        "    own = [step for step, folder in folders(run)]",
+        "    return [step for step, folder in folders(run) if owner_of(folder) == run_id]",
+        "    return [step for step, folder in folders(run)]",
         RETENTION,
     ),
     Mutant(
@@ -105,9 +105,9 @@ MUTANTS = [
     ),
     Mutant(
         "a save into a folder that another process took over",
-        "moelet/session.py",
-        "        self.held.check()\n",
-        "",
+        "moelet/storage/lock.py",
+        "        if content != self._name:\n",
+        "        if False:\n",
         "tests/faults/test_two_runs.py::test_somebody_removes_the_lock_file",
     ),
     Mutant(
@@ -137,6 +137,41 @@ MUTANTS = [
         '            if final or self.policy == "stop":',
         "            if True:",
         "tests/faults/test_disk_full.py::test_the_disk_is_full_for_a_while",
+    ),
+    Mutant(
+        "a run that ends with the reader of what it says",
+        "moelet/console.py",
+        "console or _Unheard(",
+        "console or Console(",
+        "tests/faults/test_disk_full.py::test_the_reader_of_what_a_run_says_goes_away",
+    ),
+    Mutant(
+        "a run folder that a save makes anew",
+        "moelet/storage/saving.py",
+        "            self.check()\n",
+        "            pass\n",
+        "tests/faults/test_disk_full.py::test_the_folder_of_a_run_goes_away",
+    ),
+    Mutant(
+        "a disk that stays full of the run's own checkpoints",
+        "moelet/storage/saving.py",
+        "                self._make_room(made, error)\n",
+        "",
+        "tests/faults/test_disk_full.py::test_a_disk_that_the_run_itself_fills",
+    ),
+    Mutant(
+        "the best checkpoint given up for room",
+        "moelet/storage/manifest.py",
+        "    kept = {best, good, ",
+        "    kept = {good, ",
+        "tests/faults/test_disk_full.py::test_a_disk_that_the_run_itself_fills",
+    ),
+    Mutant(
+        "a parked run removed that somebody has gone on with",
+        "moelet/storage/saving.py",
+        "            return known and (",
+        "            return (",
+        "tests/faults/test_disk_full.py::test_the_last_save_fails",
     ),
     Mutant(
         "a last save that fails with nothing parked",

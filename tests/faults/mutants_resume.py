@@ -82,4 +82,18 @@ MUTANTS = [
         "    if False:",
         "tests/faults/test_identity.py",
     ),
+    Mutant(
+        "checkpoints that are away taken for a run that has none",
+        "moelet/train.py",
+        "    if (run / UNSAVED).exists() or not any(",
+        "    if True or not any(",
+        "tests/faults/test_identity.py::test_checkpoints_that_are_away",
+    ),
+    Mutant(
+        "a run locked out that was killed before its first checkpoint",
+        "moelet/train.py",
+        "    note_unsaved(run)\n",
+        "",
+        "tests/faults/test_identity.py::test_checkpoints_that_are_away",
+    ),
 ]

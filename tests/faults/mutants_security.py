@@ -19,6 +19,13 @@ MUTANTS = [
         f"{INTAKE}::test_a_link_put_in_place_of_a_file_or_folder_while_it_is_opened",
     ),
     Mutant(
+        "documents that lie outside of their folder",
+        "moelet/text/files.py",
+        "    if not any(target.is_relative_to(place) for place in (top, *blobs)):",
+        "    if False:",
+        "tests/test_files.py::test_links_out_of_a_folder_and_pipes_are_left_out_with_a_word",
+    ),
+    Mutant(
         "a run whose checkpoints lie elsewhere",
         "moelet/storage/manifest.py",
         "        if path.is_symlink():",
@@ -97,9 +104,9 @@ MUTANTS = [
     ),
     Mutant(
         "codes for the terminal in what an error quotes",
-        "moelet/cli.py",
-        'print(f"moelet: {printable(str(error))}", file=sys.stderr)',
-        'print(f"moelet: {error}", file=sys.stderr)',
+        "moelet/errors.py",
+        'print(f"moelet: {printable(text)}", file=sys.stderr, flush=True)',
+        'print(f"moelet: {text}", file=sys.stderr, flush=True)',
         f"{HOSTILE}::test_words_of_a_file_cant_drive_the_terminal",
     ),
 ]

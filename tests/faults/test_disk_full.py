@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ from scorecard import Trials
 from small_checkpoints import folder, made, no_waiting_for_the_disk, read_newest, run_with, same  # noqa: F401
 from test_power_cut import in_a_child
 
-from moelet import metrics, train
+from moelet import metrics, session, train
 from moelet.cli import main
 from moelet.console import Progress
-from moelet.errors import TemporaryError
+from moelet.errors import TemporaryError, UserError
 from moelet.hparams import make_hparams
 from moelet.storage import saving
 from moelet.storage.checkpoint import SaveError, load, save
-from moelet.storage.manifest import checkpoint_steps
+from moelet.storage.lock import lock
+from moelet.storage.manifest import checkpoint_steps, folders, make_room
 from moelet.tokenizer import Tokenizer
 
 CODES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
@@ -164,8 +166,89 @@ def test_the_last_save_fails(trials: Trials, settings: dict[str, Any], tmp_path:
             assert load(parked).step == 6
             lines = [(each / "metrics.jsonl").read_text() for each in (run, parked)]
             assert lines[0] == lines[1] and len(lines[1].splitlines()) == 6
+            with on_checkpoints(run, code, {6}), pytest.raises(TemporaryError, match="in place of") as again:
+                train.resume(run, [], Said())  # a second time from step 4: of a run there is one parked folder
+            assert str(parked) in str(again.value) and not parked.exists()
+            (parked,) = (tmp_path / "elsewhere").glob(f"moelet-parked-{code}-*")
             train.resume(parked, [], Said())  # a run like any other
-            shutil.rmtree(parked)
+            with on_checkpoints(run, code, {6}), pytest.raises(TemporaryError) as again:
+                train.resume(run, [], Said())
+            assert "in place of" not in str(again.value) and parked.exists(), "it is somebody's by now"
+            shutil.rmtree(tmp_path / "elsewhere")
+            (tmp_path / "elsewhere").mkdir()
+
+
+@pytest.mark.check(3)
+@pytest.mark.usefixtures("in_process")
+def test_a_disk_that_the_run_itself_fills(trials: Trials, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Its older checkpoints make room, which it says; never the best, and never the newest that is whole."""
+    settings["train"] |= {"checkpoint_steps": 1, "keep_checkpoints": 9}
+    for code in (errno.ENOSPC, errno.EDQUOT)[: trials.count(small=1, full=2)]:
+        with trials.one(errno.errorcode[code]):
+            run, said = tmp_path / f"{code}", Said()
+
+            def is_full(number: int, run: Path = run) -> bool:
+                return len(list((run / "checkpoints").glob("step-????????"))) == 3
+
+            with through(Shim(run / "checkpoints", ("write",), is_full, failing(code))):
+                train.start(make_hparams(settings), run, said)
+            assert checkpoint_steps(run) == [5, 6]
+            assert [line for line in said.lines if "WARNING" in line] == [
+                f"WARNING: the disk is full. This run's checkpoints of steps {steps} made room."
+                for steps in ("1, 2", "3, 4")
+            ]
+    with trials.one("what is kept"):
+        run = run_with(tmp_path / "run", 1, 2, 3, 4, 5)
+        (folder(run, 5) / "model.safetensors").write_bytes(b"damaged")
+        run_with(tmp_path / "other", 0, run_id="f" * 16)
+        folder(tmp_path / "other", 0).rename(folder(run, 0))
+        assert make_room(run, 2) == [1, 3]
+        assert [step for step, _ in folders(run)] == [0, 2, 4, 5]
+        assert make_room(run, 2) == []
+
+
+@pytest.mark.check(3)
+@pytest.mark.usefixtures("in_process")
+def test_the_folder_of_a_run_goes_away(
+    trials: Trials, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Renamed or unmounted, it is a save that fails: the run warns, goes on once it is back, or ends with 75, parked.
+    In another run's at its place nothing is written: 78."""
+    real = session.train_step
+    trials.count(small=1, full=1)
+
+    def started(run: Path, at: dict[int, Callable[[], Any]]) -> Said:
+        def step(training: Any, batches: Any) -> Any:
+            at.get(training.step, lambda: None)()
+            return real(training, batches)
+
+        said = Said()
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "train_step", step)
+            train.start(make_hparams(settings), run, said)
+        return said
+
+    run, away = tmp_path / "run", tmp_path / "away"
+    with trials.one("for a while"):
+        said = started(run, {3: lambda: run.rename(away), 5: lambda: away.rename(run)})
+        (warning,) = [line for line in said.lines if "WARNING: the checkpoint" in line]
+        assert f"step 4 can't be written: the run folder {run} can't be used" in warning
+        assert checkpoint_steps(run) == [2, 6] and len((run / "metrics.jsonl").read_text().splitlines()) == 6
+        shutil.rmtree(run)
+    for name, replaced in (("for good", False), ("with an empty one in its place", True)):
+        with trials.one(name), pytest.raises(TemporaryError, match="can't be used.* parked in") as caught:
+            started(run, {3: lambda: (run.rename(away), replaced and run.mkdir())})  # noqa: B023
+        assert caught.value.exit_code == 75 and checkpoint_steps(away) == [2]
+        assert not run.exists() or not os.listdir(run)
+        (parked,) = (tmp_path / "elsewhere").glob("moelet-parked-run-*")
+        assert load(parked).step == 6
+        assert [json.loads(line)["step"] for line in (parked / "metrics.jsonl").read_text().splitlines()] == [4, 5, 6]
+        for path in (run, away, parked):
+            shutil.rmtree(path, ignore_errors=True)
+    with trials.one("with another run in its place"), ExitStack() as stack:
+        with pytest.raises(UserError, match="was taken over"):
+            started(run, {3: lambda: (run.rename(away), stack.enter_context(lock(run)))})
+        assert os.listdir(run) == [".lock"]
 
 
 @pytest.mark.check(3)
@@ -255,6 +338,31 @@ def test_what_a_run_says_goes_to_a_full_disk(trials: Trials) -> None:
             progress.show("three", lasting=True)
         with pytest.raises(OSError):
             full.write("so it is full")
+
+
+@pytest.mark.check(3)
+def test_the_reader_of_what_a_run_says_goes_away(trials: Trials, settings: dict[str, Any], tmp_path: Path) -> None:
+    """As in `moelet train ... | head`: training goes on without being heard, and the exit code is the run's."""
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(settings))
+
+    def work() -> None:
+        heard, says = os.pipe()
+        os.close(heard)
+        os.dup2(says, 1), os.dup2(says, 2)
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+        metrics.RATE_SECONDS = 0.0
+        metrics.RATE_SIZE["cpu"] = 8
+        code = main(["train", str(path), "--run", str(tmp_path / "run")])
+        sys.stdout.flush(), sys.stderr.flush()  # as an interpreter does at its end
+        os._exit(code)
+
+    trials.count(small=1, full=1)
+    with trials.one("nobody hears it"):
+        assert in_a_child(work) == 0
+        assert checkpoint_steps(tmp_path / "run") == [4, 6] and (tmp_path / "run" / "report.html").exists()
+    with trials.one("nobody hears that it failed"):
+        assert in_a_child(work) == 78
 
 
 @pytest.mark.check(3)

@@ -271,3 +271,44 @@ def test_a_changed_text_begins_anew(
             train_until(monkeypatch, folder / "run", None, None, steps, changes=CASES[name].change(folder), accept=True)
             state = json.loads((newest(folder / "run") / "state.json").read_text())
             assert state["cursor"]["epoch"] == 1 and len({step.batches for step in steps}) == 4
+
+
+@pytest.mark.check(12)
+@pytest.mark.usefixtures("in_process")
+def test_checkpoints_that_are_away(
+    trials: Trials, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a disk that isn't mounted, or moved: refused with 78 and nothing changed; once they are back, the run goes on.
+    A run killed before its first checkpoint starts over."""
+    run = moved(begun, tmp_path / "moved") / "run"
+    settings = run / "hparams.json"
+    for index in range(trials.count(small=2, full=4)):
+        with trials.one(f"{index}"):
+            before = dict(files_of(run))
+            (run / "checkpoints").rename(tmp_path / "away")
+            if index % 2:
+                (run / "checkpoints").mkdir()  # where the disk belongs
+            left = dict(files_of(run))
+            for command in (
+                ["--resume", str(run)],
+                [str(settings), "--resume", str(run)],
+                [str(settings), "--run", str(run)],
+            ):
+                assert cli.main(["train", *command]) == 78
+                said = capsys.readouterr().err
+                assert f"{run}/checkpoints holds none now" in said and "to start over" in said, said
+            assert dict(files_of(run)) == left
+            if index % 2:
+                (run / "checkpoints").rmdir()
+            (tmp_path / "away").rename(run / "checkpoints")
+            assert dict(files_of(run)) == before
+    with trials.one("before the first checkpoint"):
+        early = tmp_path / "early"
+        train_until(monkeypatch, early, json.loads(settings.read_text()), 1)
+        assert last_step(early) == 1 and not (early / "checkpoints").exists()
+        (early / "checkpoints").mkdir()  # a first save that was cut short
+        train_until(monkeypatch, early, None, 3)
+        assert last_step(early) == 3 and newest(early).name == "step-00000002"
+    with trials.one("once they are back"):
+        train_until(monkeypatch, run, None, None)
+        assert last_step(run) == 8
