@@ -37,6 +37,8 @@ def steps(settings: dict[str, Any], tokenizer: str, count: int, out: str) -> Non
     training = built(settings, tokenizer, team)
     hparams, length = training.hparams, training.hparams.model.max_length
     rows = training_batches(hparams.data, training.tokenizer, length, hparams.micro_batches, 0, START)
+    if training.scaler is not None:  # one that overflows again and again
+        training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_factor=2.0**4, growth_interval=2)
     reports: list[dict[str, Any]] = []
     for number in range(count):
         batches = [next(rows)[0] for _ in hparams.micro_batches]
@@ -53,7 +55,10 @@ def steps(settings: dict[str, Any], tokenizer: str, count: int, out: str) -> Non
         if ".experts." in name and value.ndim
     )
     sent = [m.exchange.rows_sent for m in training.model.modules() if getattr(m, "exchange", None) is not None]
-    Path(out, f"held-{team.rank}.json").write_text(json.dumps({"experts": held, "state": held_state, "sent": sent}))
+    scale = None if training.scaler is None else training.scaler.get_scale()
+    Path(out, f"held-{team.rank}.json").write_text(
+        json.dumps({"experts": held, "state": held_state, "sent": sent, "scale": scale})
+    )
     if team.leads:
         Path(out, checkpoint.HPARAMS).write_text(hparams.to_json())
         (Path(out) / checkpoint.TOKENIZER).write_bytes(training.tokenizer.model_bytes)

@@ -39,6 +39,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "uneven": {"data": {"packing": False}, "train": {"batch_size": 5, "global_batch_size": 7}},
 }
+OVERFLOWING = {"train": {"batch_size": ROWS, "precision": "fp16"}}
 CLOSE = 1e-5
 
 
@@ -75,7 +76,7 @@ def made(
     def make(recipe: str, layout: Ranks) -> Made:
         if (recipe, layout) not in known:
             out = tmp_path_factory.mktemp("steps")
-            changes = RECIPES[recipe]
+            changes = RECIPES.get(recipe, OVERFLOWING)
             changes = changes | {"model": {"dropout": 0.0, **changes.get("model", {})}}
             changes |= {"optim": {"lr": 0.002, "min_lr": 0.0002, **changes.get("optim", {})}}
             changes |= {"train": {**changes["train"], "train_steps": STEPS}}
@@ -119,6 +120,18 @@ def test_ranks_make_the_steps_that_one_makes(trials: Trials, made: Make) -> None
             first, expected = here.reports[0][0], alone.reports[0][0]
             assert first["grad_norm"] == pytest.approx(expected["grad_norm"], rel=CLOSE)
             assert all(others == here.reports[0] for others in here.reports[1:])
+
+
+@pytest.mark.check(28)
+def test_fp16_steps_that_overflow_on_some_ranks(trials: Trials, made: Make) -> None:
+    """All ranks pass the same steps over and keep the same loss scale, also where one alone has seen the overflow."""
+    for layout in ALL[1:6] if trials.full else FEW[1:3]:
+        with trials.one(str(layout)):
+            first, *others = made("overflowing", layout).reports
+            assert 3 < sum(report["skipped"] for report in first) < STEPS - 3
+            assert all(reports == first for reports in others)
+            scales = {rank["scale"] for rank in made("overflowing", layout).held}
+            assert len(scales) == 1
 
 
 @pytest.mark.check(28)
