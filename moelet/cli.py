@@ -23,6 +23,7 @@ from moelet.commands.settings import show_settings
 from moelet.commands.tokenizer import tokenizer_app
 from moelet.errors import DISK, Interrupted, TemporaryError, UserError, complain, printable
 from moelet.parallel.started import started_rank
+from moelet.stopping import ctrl_c_ends_imports
 from moelet.storage.disk import check_writable, make_folder, write_json
 from moelet.storage.lock import refuse_held
 
@@ -365,7 +366,8 @@ app.add_typer(tokenizer_app, name="tokenizer", epilog="Example: moelet tokenizer
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code. A bug is not caught here: its traceback is what helps."""
     try:
-        result = app(args=None if arguments is None else list(arguments), prog_name="moelet", standalone_mode=False)
+        with ctrl_c_ends_imports():
+            result = app(args=None if arguments is None else list(arguments), prog_name="moelet", standalone_mode=False)
         if result == 130:  # typer's answer to Ctrl-C; the training loop has an answer of its own
             complain("interrupted outside of training; run the same command again.")
         return result if isinstance(result, int) else 0

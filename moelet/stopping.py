@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -60,6 +61,41 @@ def stop_signals() -> Iterator[Asked]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def ctrl_c_ends_imports() -> Iterator[None]:
+    """Have Ctrl-C end the process at once, with 130, while a command imports what it needs; nothing has begun by then.
+
+    As an exception it may not get through: libraries take one in their imports for a part that is missing, and go on
+    without it or make it an ImportError. Anywhere else it is the exception that it always is.
+    """
+
+    def answer(number: int, frame: FrameType | None) -> None:
+        if not _imports_of_a_command(frame):
+            signal.default_int_handler(number, frame)
+        _tell("moelet: interrupted outside of training; run the same command again.")
+        os._exit(128 + number)
+
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, answer)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _imports_of_a_command(frame: FrameType | None) -> bool:
+    """Return whether the outermost import that is going on is one of the command line's own."""
+    importer = ""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>" and frame.f_back is not None:
+            importer = frame.f_back.f_globals.get("__name__", "")
+        frame = frame.f_back
+    return importer == "moelet.cli" or importer.startswith("moelet.commands.")
 
 
 def _tell(line: str) -> None:
