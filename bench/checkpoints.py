@@ -24,7 +24,8 @@ import torch
 
 from moelet.fit import throwaway_batch
 from moelet.hparams import read_hparams
-from moelet.step import build, restore, snapshot, train_step
+from moelet.state import build, restore, snapshot
+from moelet.step import train_step
 from moelet.storage.checkpoint import read_newest, save
 from moelet.storage.manifest import folder_of, name_run, retain, verify
 from moelet.tokenizer import Tokenizer

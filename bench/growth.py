@@ -21,7 +21,8 @@ from moelet.allocator import keep_freed_memory
 from moelet.data import Batch
 from moelet.hparams import make_hparams
 from moelet.metrics import peak_memory_mb
-from moelet.step import Training, build, train_step
+from moelet.state import Training, build
+from moelet.step import train_step
 from moelet.tokenizer import Tokenizer
 
 TOKENS = 4096  # of a step

@@ -17,7 +17,8 @@ from moelet.allocator import keep_freed_memory
 from moelet.attention import ATTENTION, causal_mask
 from moelet.data import Batch
 from moelet.hparams import Hparams, make_hparams
-from moelet.step import Training, build, train_step
+from moelet.state import Training, build
+from moelet.step import train_step
 from moelet.tokenizer import Tokenizer
 
 MEAN_TOKENS = 200  # of a document

@@ -15,7 +15,8 @@ from pathlib import Path
 from moelet.allocator import keep_freed_memory
 from moelet.hparams import Hparams, read_hparams
 from moelet.speed.peers import AnyIds, Workload, zipf_batches
-from moelet.step import Training, build, train_step
+from moelet.state import Training, build
+from moelet.step import train_step
 from moelet.study.calibrate import WARM_STEPS
 
 EVERY = 8

@@ -24,7 +24,8 @@ from zyda import COMPONENTS, ZYDA, make_zyda, zyda_documents
 from moelet.allocator import keep_freed_memory
 from moelet.data import PREFETCH_BATCHES, START, Batch, Prefetch, training_batches, training_rows, training_texts
 from moelet.hparams import Hparams, read_hparams
-from moelet.step import Training, build, train_step
+from moelet.state import Training, build
+from moelet.step import train_step
 from moelet.text.documents import Cursor
 from moelet.tokenizer import Tokenizer
 

@@ -15,7 +15,7 @@ from moelet import train
 from moelet.allocator import keep_freed_memory
 from moelet.console import Progress
 from moelet.hparams import Hparams, read_hparams
-from moelet.step import build, snapshot
+from moelet.state import build, snapshot
 from moelet.storage import checkpoint
 from moelet.storage.checkpoint import HPARAMS, TOKENIZER, load_run_settings
 from moelet.storage.disk import write_file

@@ -22,6 +22,7 @@ from moelet.commands.serve import serve_runs
 from moelet.commands.settings import show_settings
 from moelet.commands.tokenizer import tokenizer_app
 from moelet.errors import DISK, Interrupted, TemporaryError, UserError, complain, printable
+from moelet.parallel.started import started_rank
 from moelet.stopping import ctrl_c_ends_imports, nothing_to_save
 from moelet.storage.disk import check_writable, make_folder, write_json
 from moelet.storage.lock import refuse_held
@@ -79,25 +80,32 @@ def train(
     """Pretrain a model; writes a run folder with checkpoints, metrics, a loss curve and a report."""
     if resume is not None and run is not None:
         raise typer.BadParameter("--run begins a run and --resume goes on with one: give one of them.")
-    refuse_held(resume or run)  # in a fraction of the time that torch takes to load
+    if started_rank() == 0:
+        refuse_held(resume or run)  # in a fraction of the time that torch takes to load
     from moelet import train as training
     from moelet.allocator import keep_freed_memory
     from moelet.budget import parse_duration
     from moelet.console import Progress
+    from moelet.follow import take_part
     from moelet.hparams import read_hparams
+    from moelet.parallel.ranks import join
 
     seconds = None if time_budget is None else parse_duration(time_budget)
     keep_freed_memory()
     progress, began = Progress(), time.monotonic()
+    team = join()
+    if not team.leads:
+        take_part(team)
+        return
     changes = [*(changes or []), *([] if track is None else [f"train.track={track}"])]
     if resume is not None and (file is None or training.is_run(resume)):
-        given = (changes, progress, began, file, seconds, accept_changes)
+        given = (changes, progress, began, file, seconds, accept_changes, team)
         _train_and_report(resume, progress, lambda: training.resume(resume, *given))
         return
     path = file or Path("hparams.json")
     hparams = read_hparams(path, changes + ([] if seconds is None else [f"train.time_budget={seconds}"]))
     folder = resume or run or Path(hparams.train.run or f"runs/{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
-    _train_and_report(folder, progress, lambda: training.start(hparams, folder, progress, began))
+    _train_and_report(folder, progress, lambda: training.start(hparams, folder, progress, began, team))
 
 
 def _train_and_report(run: Path, progress: Any, work: Any) -> None:

@@ -11,6 +11,7 @@ from moelet.loss import IGNORE, bits_per_byte, linear_cross_entropy
 from moelet.metrics import expert_load
 from moelet.modelling import GPT
 from moelet.moe import RouterStats, add_stats
+from moelet.parallel.layout import Layout, settle, stats_of_all
 from moelet.precision import autocast
 from moelet.stopping import never, until
 
@@ -25,10 +26,17 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: GPT, validation: Validation, dtype: torch.dtype, enough: Callable[[], bool] = never) -> Evaluation:
+def evaluate(
+    model: GPT,
+    validation: Validation,
+    dtype: torch.dtype,
+    enough: Callable[[], bool] = never,
+    layout: Layout = Layout(),  # noqa: B008  a constant
+) -> Evaluation:
     """Return the model's measures on all of `validation`; the model is left in the mode it was in.
 
-    Raises StopAsked before the next batch once `enough()`.
+    With other ranks all call this, each with its own rows of the same batches. Raises StopAsked before the next batch
+    once `enough()`.
     """
     device, training = model.table.device, model.training
     model.eval()
@@ -43,6 +51,9 @@ def evaluate(model: GPT, validation: Validation, dtype: torch.dtype, enough: Cal
         tokens += int((batch.labels != IGNORE).sum())
         totals = add_stats(totals, output.router)
     model.train(training)
+    settle(model, layout)
+    nats = layout.team.summed(torch.tensor(nats, dtype=torch.float64, device=device)).item()
+    (tokens,), totals = layout.team.total(tokens), stats_of_all(layout.team, totals)
     loss = nats / tokens
     bits = bits_per_byte(nats, validation.n_bytes)
     perplexity = math.exp(min(loss, 700.0))  # exp overflows a float64 past 709

@@ -1,18 +1,15 @@
-"""Whether a step's numbers can be used: all finite, the loss no spike; and where it began if they can't.
+"""Whether a step's numbers can be used: all finite, the loss no spike.
 
-What a step then does is `moelet.step`'s, what a run does `moelet.session`'s.
+Where it began if they can't is `moelet.trouble`'s, what a step then does `moelet.step`'s, what a run does
+`moelet.session`'s.
 """
 
 import math
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
 from moelet.errors import UserError
 
@@ -59,42 +56,6 @@ def wrong_with(loss: float, grad_norm: float, losses: list[float], deviations: f
             f"{len(losses)} steps, {mean:.3f}"
         )
     return None
-
-
-@torch.no_grad()
-def gradients_not_finite(model: nn.Module) -> list[dict[str, Any]]:
-    """Return the parameters whose gradients have numbers that aren't finite, in the order of the network."""
-    found = []
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
-            nan, inf = int(parameter.grad.isnan().sum()), int(parameter.grad.isinf().sum())
-            found.append({"parameter": name, "nan": nan, "infinite": inf})
-    return found
-
-
-@torch.no_grad()
-def largest_gradient(model: nn.Module) -> str | None:
-    """Return the parameter whose gradient has the largest norm."""
-    norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
-    return max(norms, key=lambda name: norms[name]) if norms else None
-
-
-@contextmanager
-def first_not_finite(model: nn.Module) -> Iterator[list[str]]:
-    """While this lasts, have the names of modules whose output isn't finite in a list, in the order they run."""
-    found: list[str] = []
-
-    def look(name: str, module: nn.Module, given: Any, output: Any) -> None:
-        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-            found.append(name)
-
-    hooks = [module.register_forward_hook(partial(look, name)) for name, module in model.named_modules() if name]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()

@@ -30,7 +30,8 @@ from moelet.hparams import Hparams, make_hparams
 from moelet.memory import free_memory, is_shortage
 from moelet.metrics import peak_memory_mb
 from moelet.precision import choose_device
-from moelet.step import Training, build, snapshot, train_step
+from moelet.state import Training, build, snapshot
+from moelet.step import train_step
 from moelet.storage.checkpoint import serialised
 from moelet.tokenizer import Tokenizer
 

@@ -22,6 +22,7 @@ from moelet.sections import (
     MixedSource,
     ModelSettings,
     OptimSettings,
+    ParallelSettings,
     Section,
     TokenizerSettings,
     TrainSettings,
@@ -43,6 +44,7 @@ class Hparams(Section):
     data: DataSettings = Field(default_factory=DataSettings)
     optim: OptimSettings = Field(default_factory=OptimSettings)
     balance: BalanceSettings = Field(default_factory=BalanceSettings)
+    parallel: ParallelSettings = Field(default_factory=ParallelSettings)
     train: TrainSettings
 
     @model_validator(mode="after")
@@ -181,6 +183,8 @@ def _explain(problem: Any) -> str:
         need = "a string or a list of strings (on the command line: '[\"2024\"]')"
     if setting == "train.batch_size":
         need = f'an integer from 1 to {MOST_SEQUENCES}, or "auto"'
+    if setting == "parallel.data":
+        need = 'an integer of at least 1, or "auto"'
     given = json.dumps(problem["input"])
     given = given if len(given) <= LONGEST_VALUE else f"{given[:LONGEST_VALUE]}..."
     return f"{setting} is {given}. It must be {need}. Change it{_or_default(location)}."

@@ -39,7 +39,8 @@ def identity(hparams: Hparams, tokenizer: Tokenizer) -> Marks:
     """Return the fingerprints that a checkpoint and the run resuming it must share.
 
     Where files lie doesn't count, only what is in them: text and tokenizer have fingerprints of their own. Nor does
-    how a step is cut into micro-steps, where the settings give its size as a whole. "auto" counts as what it means.
+    how a step is cut into micro-steps, where the settings give its size as a whole, or how many ranks make it. "auto"
+    counts as what it means.
     """
     settings = _counted(hparams)
     text = pick(SOURCES, hparams.data.source, "data.source").fingerprint(hparams.data)
@@ -62,6 +63,7 @@ def _counted(hparams: Hparams) -> dict[str, Any]:
     unread: Any = {"files": True, "mix": {"__all__": {"files"}}, **dict.fromkeys(READING, True)}
     cut = {"global_batch_size"} if hparams.train.global_batch_size is None else {"batch_size", "gradient_accumulation"}
     left_out: Any = {"train": FREE_SETTINGS.union(LENGTHS, cut), "data": unread, "tokenizer": {"file"}}
+    left_out |= {"parallel": True}
     left_out |= {name: getattr(hparams, name).unsaid for name in ("model", "optim", "balance")}
     return hparams.model_dump(mode="json", exclude=left_out)
 
@@ -88,7 +90,7 @@ def described(names: Collection[str], saved: Marks, now: Marks, before: Hparams,
         f"{section}.{key}: the run has {json.dumps(value)}, given is {json.dumps(new[section][key])}"
         for section, settings in old.items()
         for key, value in settings.items()
-        if value != new[section][key] and key not in same
+        if value != new[section][key] and key not in same and section != "parallel"
     ]
 
 
@@ -167,3 +169,25 @@ def changes_text(changed: list[str], before: Marks) -> bool:
 def reread(cursor: Cursor) -> Cursor:
     """Return the cursor of a run whose text has changed: the start of it, in the order of a pass not yet made."""
     return {**START, "epoch": cursor["epoch"] + 1}
+
+
+def with_commits_of(saved: Hparams, hparams: Hparams) -> Hparams:
+    """Return `hparams` where a dataset without a revision stays at the commit that the run began with."""
+
+    def keep(old: Any, new: Any) -> Any:
+        same = (old.dataset, old.name) == (new.dataset, new.name) and new.revision is None
+        return new.model_copy(update={"revision": old.revision}) if same else new
+
+    data = keep(saved.data, hparams.data)
+    if data.parts and len(saved.data.parts) == len(data.parts):
+        data = data.model_copy(update={"mix": list(map(keep, saved.data.parts, data.parts))})
+    return hparams.model_copy(update={"data": data})
+
+
+def with_batch_size_of(saved: Hparams, hparams: Hparams) -> Hparams:
+    """Return `hparams` where "auto" stays at the size that the run has found, as long as a step's is the same."""
+    old, new = saved.train, hparams.train
+    if new.batch_size != "auto" or old.batch_size == "auto" or old.global_batch_size != new.global_batch_size:
+        return hparams
+    kept = new.model_copy(update={"batch_size": old.batch_size, "memory_limit_gb": None})
+    return hparams.model_copy(update={"train": kept})

@@ -29,9 +29,10 @@ READERS = {  # modules in which a section's settings are looked for, by the name
     "model": ("moe", "modelling", "experts", "attention", "decoding"),
     "tokenizer": ("train", "commands/tokenizer", "prepare"),
     "data": ("text/sources", "text/files", "text/hub", "text/shards", "data", "train"),
-    "optim": ("optim", "muon", "step"),
+    "optim": ("optim", "muon", "state", "step"),
     "balance": ("step", "loss"),
-    "train": ("step", "session", "trackers", "hparams", "fit", "identity", "cli", "train"),
+    "parallel": ("parallel/layout",),
+    "train": ("state", "step", "session", "trackers", "hparams", "fit", "identity", "cli", "train"),
 }
 HOLDERS = {"settings", "s", "data", "part"}  # what code calls a section, besides by its name
 OTHER_NAME = {"mix": "parts"}  # read through a property
@@ -41,6 +42,7 @@ INTRODUCTIONS = {
     "data": "Where text comes from, and how it becomes rows ([data.md](data.md)).",
     "optim": "How weights move.",
     "balance": "What keeps all experts in use.",
+    "parallel": "How ranks that torchrun starts divide a run ([parallel.md](parallel.md)); unread alone.",
     "train": "How long, how much at a time, and what is kept of it.",
 }
 

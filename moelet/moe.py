@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moelet.errors import pick
 from moelet.experts import GATED, hidden_activation, routed_ffn
 from moelet.kernels.router import Route, can_route
+from moelet.parallel.exchange import Exchange
 from moelet.sections import ModelSettings
 
 
@@ -120,11 +121,16 @@ class Experts(nn.Module):
         self.gate_proj = nn.Parameter(torch.empty(shape)) if settings.activation in GATED else None
         self.down_proj = nn.Parameter(torch.empty(settings.n_experts, settings.d_model, settings.expert_width))
         self.activation, self.backend = settings.activation, settings.experts
+        self.exchange: Exchange | None = None  # where some of the experts lie on other ranks
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        return routed_ffn(
-            x_TD, ids_TK, weights_TK, self.up_proj, self.gate_proj, self.down_proj, self.activation, self.backend
-        )
+        def compute(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+            matrices = (self.up_proj, self.gate_proj, self.down_proj)
+            return routed_ffn(x_TD, ids_TK, weights_TK, *matrices, self.activation, self.backend)
+
+        if self.exchange is None:
+            return compute(x_TD, ids_TK, weights_TK)
+        return self.exchange.routed_ffn(x_TD, ids_TK, weights_TK, compute)
 
 
 class MoE(nn.Module):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from moelet.parallel.ranks import gathered, local, rows_here
 from moelet.precision import choose_dtype
 
 MOMENTUM = 0.95  # Jordan et al. 2024, with Nesterov's look ahead
@@ -49,6 +50,9 @@ class Muon(torch.optim.Optimizer):
     A matrix is (out, in); a stack of them is handled matrix by matrix. The update has the size of sqrt(out / in) where
     that is above 1, so that one rate fits all shapes.
 
+    Of parameters that lie on several ranks each keeps the state of its part. A matrix in parts is gathered on each rank
+    before it is made orthogonal; stacks of experts are divided between matrices, and stay where they are.
+
     With `every` above 1, a parameter is updated at one step in so many, by so much more; its momentum takes in every
     gradient. The momentum, a mean over 20 steps, turns slowly, so that this loses nothing up to 8 and saves most of the
     products (docs/experiments.md, 15). Parameters take turns by a group's `step`, which the training loop sets.
@@ -71,18 +75,20 @@ class Muon(torch.optim.Optimizer):
         dtype = torch.float32 if dtype == torch.float16 else dtype  # its range is too small for the first polynomial
         for parameter in parameters:
             assert parameter.grad is not None
-            self._state(parameter, "momentum_buffer").lerp_(parameter.grad, 1 - MOMENTUM)
+            self._state(parameter, "momentum_buffer").lerp_(local(parameter.grad), 1 - MOMENTUM)
         every, rate = group["every"], group["lr"] * group["every"]
         for members in _of_one_shape(parameters[-group["step"] % every :: every]):
-            sizes = [_flat(parameter).shape[0] for parameter in members]
-            stack_MIO = members[0].new_empty(sum(sizes), *_flat(members[0]).shape[1:], dtype=dtype)
+            sizes = [local(parameter).shape[0] if parameter.ndim == 3 else 1 for parameter in members]
+            stack_MIO = local(members[0]).new_empty(sum(sizes), *sorted(members[0].shape[-2:]), dtype=dtype)
             for parameter, place, gradient in zip(members, stack_MIO.split(sizes), _gradients(members), strict=True):
                 momentum = self._state(parameter, "momentum_buffer")
-                place.copy_(_flat(gradient.lerp(momentum, MOMENTUM).contiguous()))
+                place.copy_(_flat(gathered(parameter, gradient.lerp(momentum, MOMENTUM).contiguous())))
             for parameter, turned in zip(members, orthogonalize(stack_MIO).split(sizes), strict=True):
-                out, into = parameter.shape[-2:]
-                parameter.mul_(1 - rate * group["weight_decay"])
-                _flat(parameter).add_(turned, alpha=-rate * max(1.0, out / into) ** 0.5)
+                (out, into), here = parameter.shape[-2:], local(parameter)
+                here.mul_(1 - rate * group["weight_decay"])
+                step = turned.mT if out > into else turned
+                rows = rows_here(parameter) if parameter.ndim == 2 else slice(None)
+                (here if here.ndim == 3 else here[None]).add_(step[:, rows], alpha=-rate * max(1.0, out / into) ** 0.5)
 
     def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for parameter in parameters:
@@ -91,7 +97,7 @@ class Muon(torch.optim.Optimizer):
         states = [self.state[parameter] for parameter in parameters]
         beta1, beta2 = group["betas"]
         adamw(
-            parameters,
+            [local(parameter) for parameter in parameters],
             _gradients(parameters),
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
@@ -109,12 +115,12 @@ class Muon(torch.optim.Optimizer):
 
     def _state(self, parameter: Tensor, name: str) -> Tensor:
         if name not in self.state[parameter]:
-            self.state[parameter][name] = torch.zeros_like(parameter)
+            self.state[parameter][name] = torch.zeros_like(local(parameter))
         return self.state[parameter][name]
 
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
 
 
 def _flat(parameter: Tensor) -> Tensor:

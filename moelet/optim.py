@@ -13,6 +13,7 @@ from torch import nn
 from moelet.errors import pick
 from moelet.moe import Router
 from moelet.muon import Muon
+from moelet.parallel.ranks import is_divided
 from moelet.sections import OptimSettings
 
 ADAM_EPS = 1e-8  # Kingma & Ba 2014
@@ -41,6 +42,8 @@ def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict[str
 def adamw(model: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
     """Return AdamW with its update in one fused kernel. Source: Loshchilov & Hutter 2017."""
     groups = parameter_groups(model, settings)
+    if any(is_divided(parameter) for parameter in model.parameters()):
+        return Muon(groups, settings.lr, settings.betas, ADAM_EPS)  # no group is Muon's: the same kernel, on parts
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=ADAM_EPS, fused=True)
 
 

@@ -35,14 +35,22 @@ def cpu_has_bf16() -> bool:
 
 
 def product_seconds(*formats: torch.dtype) -> list[float]:
-    """Return the shortest time of a product in each format on the CPU, tried in turn."""
+    """Return the shortest time of a product in each format on one core of the CPU, tried in turn.
+
+    It is this thread's own time: what else the machine does must not decide in which format a run goes on.
+    """
     matrices = [torch.ones(PRODUCT, PRODUCT, dtype=dtype) for dtype in formats]
     taken: list[list[float]] = [[] for _ in formats]
-    for _ in range(TRIES + 1):
-        for times, matrix in zip(taken, matrices, strict=True):
-            began = time.perf_counter()
-            matrix @ matrix
-            times.append(time.perf_counter() - began)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(TRIES + 1):
+            for times, matrix in zip(taken, matrices, strict=True):
+                began = time.thread_time()
+                matrix @ matrix
+                times.append(time.thread_time() - began)
+    finally:
+        torch.set_num_threads(threads)
     return [min(times[1:]) for times in taken]
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 # no model is larger, and past these even its description takes the machine's memory and time
 MOST_LAYERS, MOST_HEADS, MOST_EXPERTS, WIDEST, LONGEST, MOST_ROWS = 2**10, 2**12, 2**14, 2**22, 2**20, 2**26
 MOST_SEQUENCES = 2**20  # of a step
+MOST_RANKS = 2**20
 
 READING = {"reader_patience", "bad_rows"}  # what is done about failures in reading: it changes no text
 LENGTHS = ("train_steps", "train_tokens", "time_budget")  # three ways to say how long a run is
@@ -244,6 +245,16 @@ class BalanceSettings(Section):
         0.0, ge=0, description="weight of the mean square of log(sum(exp(router scores))), averaged over layers"
     )
     bias_rate: float | None = Field(None, gt=0, description="what a selection bias moves by in a step; null: no bias")
+
+
+class ParallelSettings(Section):
+    data: Annotated[int, Field(ge=1, le=MOST_RANKS)] | Literal["auto"] = Field(
+        "auto", description="copies of the model, each on rows of its own; auto: as many as the ranks give"
+    )
+    shard: int = Field(
+        1, ge=1, le=MOST_RANKS, description="ranks that each copy's matrices and their optimizer are divided among"
+    )
+    expert: int = Field(1, ge=1, le=MOST_RANKS, description="ranks that each layer's experts are divided among, whole")
 
 
 class TrainSettings(Section):

@@ -19,11 +19,12 @@ from moelet.evaluate import Evaluation, evaluate
 from moelet.finite import BadStep, Trouble, require_finite
 from moelet.generate import Sampling, stream_text
 from moelet.health import alarm_lines
-from moelet.loss import bits_per_byte
 from moelet.memory import is_shortage
 from moelet.metrics import METRICS_FILE, append_metrics, cut_metrics, metrics_lines, peak_memory_mb, sync_metrics
+from moelet.parallel.orders import EVALUATE, hand_out, hold_out, model_to_sample, order_restore
 from moelet.shortage import OutOfMemory, free, within_memory
-from moelet.step import StepReport, Training, forget_step, restore, snapshot, train_step
+from moelet.state import Training, restore, snapshot
+from moelet.step import StepReport, forget_step, metrics_row, train_step
 from moelet.stopping import Asked, StopAsked, until
 from moelet.storage.checkpoint import HPARAMS, TOKENIZER, read
 from moelet.storage.lock import Held
@@ -59,7 +60,9 @@ class Session:
         self.training, self.run, self.progress, self.validation = training, run, progress, validation
         self.rate, self.marks, self.clock, self.tracking = rate, marks, clock, tracking
         self.held, self.asked = held, asked
-        training.enough = self.enough
+        if training.team.alone:  # else a step is made by all or by none
+            training.enough = self.enough
+        self.part = hold_out(training, validation)
         self.items: list[tuple[Batch, Cursor]] = []  # taken for the step to come
         self.unwritten: list[dict[str, Any]] = []  # lines of metrics.jsonl that the disk didn't take
         self.again = f"python -m moelet train --resume {shlex.quote(str(run))}"
@@ -114,7 +117,7 @@ class Session:
             self.save(final=True)
             raise
         self.waited += time.perf_counter() - began
-        report = self.make_step([batch for batch, _ in self.items])
+        report = self.make_step(self.handed_out([batch for batch, _ in self.items]))
         at, training.cursor, self.items = training.cursor, self.items[-1][1], []
         took = time.perf_counter() - began
         training.seconds += took
@@ -168,6 +171,16 @@ class Session:
             return
         self.unwritten = []
 
+    def handed_out(self, batches: list[Batch]) -> list[Batch]:
+        """Return this rank's rows of a step, and note what signals have asked of other ranks."""
+        team = self.training.team
+        batches = hand_out(self.training, batches)
+        stop, save = team.highest(self.asked.stop or 0, int(self.asked.save))
+        if stop and not self.asked:
+            self.asked.signals.append(stop)
+        self.asked.save = bool(save)
+        return batches
+
     def make_step(self, batches: list[Batch]) -> StepReport:
         """Return what one optimizer step reports, made in smaller parts from the step on at which memory runs out.
 
@@ -176,6 +189,8 @@ class Session:
         """
         training, rows = self.training, self.training.micro_rows
         try:
+            if not training.team.alone:  # another cut would have to be made by all ranks at once
+                return train_step(training, batches)
             report, training.micro_rows = within_memory(
                 lambda parts: train_step(training, parts), batches, rows, lambda: forget_step(training)
             )
@@ -251,6 +266,7 @@ class Session:
             )
         kept = {name: getattr(training, name) for name in ("cursor", "seconds", "elapsed", "micro_rows")}
         passed_over = training.skipped_steps + training.step - step
+        order_restore(training, self.run, step)
         restore(training, read(self.run, step))
         for name, value in kept.items():
             setattr(training, name, value)
@@ -324,9 +340,9 @@ class Session:
             **reading_report(training.hparams.data, training.cursor),
         }
         prompt = training.hparams.train.sample_prompt
-        if prompt is not None:
-            training.model.eval()
-            sample = stream_text(training.model, training.tokenizer, prompt, SAMPLE_TOKENS, Sampling())
+        if prompt is not None and (model := model_to_sample(training)) is not None:
+            model.eval()
+            sample = stream_text(model, training.tokenizer, prompt, SAMPLE_TOKENS, Sampling())
             row["sample"] = prompt + "".join(until(self.enough, sample))
         self._note_cost("evaluation", began)
         if training.best is not None and result.loss >= training.best["val_loss"]:
@@ -336,7 +352,10 @@ class Session:
 
     def evaluate(self) -> Evaluation:
         """Return the model's measures on held-out text, in smaller parts where memory runs out."""
-        model, validation, dtype = self.training.model, self.validation, self.training.dtype
+        model, validation, dtype, layout = self.training.model, self.part, self.training.dtype, self.training.layout
+        if not layout.team.alone:
+            layout.team.order(EVALUATE)
+            return evaluate(model, validation, dtype, layout=layout)
         result, self.rows_to_evaluate = within_memory(
             lambda parts: evaluate(model, validation._replace(batches=parts), dtype, self.enough),
             validation.batches,
@@ -359,34 +378,3 @@ class Session:
                 f"  held-out loss {row['val_loss']:.4f}, {row['val_bits_per_byte']:.3f} bits/byte "
                 f"(gzip -9: {row['gzip_bits_per_byte']:.3f})"
             )
-
-
-def metrics_row(training: Training, report: StepReport, since: tuple[int, float], rate: float) -> dict[str, Any]:
-    """Return the line of metrics.jsonl for the step just made; throughput is that since the last line."""
-    tokens, seconds = training.tokens - since[0], training.seconds - since[1]
-    speed = tokens / seconds
-    row = {
-        "step": training.step,
-        "total_steps": training.total_steps,
-        "tokens": training.tokens,
-        "seconds": training.seconds,
-        "loss": report.loss,
-        "bits_per_byte": bits_per_byte(report.loss * report.tokens, report.bytes),
-        "balance_loss": report.balance_loss,
-        "lr": report.lr,
-        "grad_norm": report.grad_norm,
-        "tokens_per_second": speed,
-        "mfu": training.model.flops_per_token(training.hparams.model.max_length) * speed / rate,
-        "expert_load": report.expert_load,
-        "router_entropy": report.router_entropy,
-        "router_largest": report.router_largest,
-        "starving_experts": training.health.starving(),
-        "memory_mb": peak_memory_mb(training.device),
-    }
-    if training.scaler is not None or training.skipped_steps:
-        row |= {"skipped_steps": training.skipped_steps}
-    if training.scaler is not None:
-        row |= {"loss_scale": training.scaler.get_scale()}
-    if training.micro_rows is not None:
-        row |= {"micro_rows": training.micro_rows}
-    return row

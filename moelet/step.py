@@ -1,11 +1,10 @@
-"""One optimizer step as a function of its inputs, and the state that it moves.
+"""One optimizer step as a function of its inputs, and of the state that it moves, which is `moelet.state`'s.
 
 Everything random in a step comes from (seed, step, micro-step), so there is no generator state to save.
 """
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,67 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moelet.data import START, Batch
+from moelet.data import Batch
 from moelet.errors import UserError, pick
-from moelet.finite import (
-    SPIKE_WINDOW,
-    BadStep,
-    Trouble,
-    first_not_finite,
-    gradients_not_finite,
-    largest_gradient,
-    wrong_with,
-)
-from moelet.health import Health
+from moelet.finite import SPIKE_WINDOW, BadStep, Trouble, wrong_with
 from moelet.hparams import Hparams
-from moelet.loss import BALANCE, IGNORE, linear_cross_entropy
-from moelet.memory import is_shortage, require_memory
+from moelet.loss import BALANCE, IGNORE, bits_per_byte, linear_cross_entropy
+from moelet.memory import is_shortage
 from moelet.metrics import expert_load, peak_memory_mb, router_health
-from moelet.modelling import GPT, shapes_of
 from moelet.moe import Router, RouterStats, add_stats
-from moelet.optim import OPTIMIZERS, Plan, learning_rate
-from moelet.precision import autocast, choose_device, choose_dtype, make_scaler
-from moelet.stopping import never, until
-from moelet.storage.checkpoint import Checkpoint
-from moelet.storage.saved_state import check_optimizer, check_state
-from moelet.text.documents import Cursor
-from moelet.tokenizer import Tokenizer
+from moelet.optim import learning_rate
+from moelet.parallel.layout import reduce_gradients, settle, stats_of_all
+from moelet.parallel.ranks import local
+from moelet.precision import autocast, make_scaler
+from moelet.state import Training
+from moelet.stopping import until
+from moelet.trouble import look_into
 
 MAX_SKIPS = 20  # batches passed over in a row: a scale has then fallen by 2^20, which no healthy run needs
+CLIP_EPS = 1e-6  # as in torch's clip_grads_with_norm_
 MIN_SCALE = 1.0  # of fp16: below, gradients larger than fp16 holds would be needed to overflow
-
-
-@dataclasses.dataclass
-class Training:
-    """Everything a run is made of. The second half is what changes, and what a checkpoint saves."""
-
-    hparams: Hparams
-    tokenizer: Tokenizer
-    model: GPT
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler | None
-    device: torch.device
-    dtype: torch.dtype
-    step: int = 0  # optimizer steps made
-    tokens: int = 0  # predicted tokens seen
-    seconds: float = 0.0  # of training alone
-    elapsed: float = 0.0  # of everything, all sessions together
-    plan: Plan = dataclasses.field(default_factory=list)  # how many steps the run has
-    skipped_steps: int = 0  # batches passed over: fp16 overflowed, or they were bad and the settings say so
-    skipped_in_a_row: int = 0
-    losses: list[float] = dataclasses.field(default_factory=list)  # of the last steps, for spikes
-    micro_rows: int | None = None  # the most rows a micro-step since memory ran out; None: as the settings say
-    cursor: Cursor = dataclasses.field(default_factory=lambda: dict(START))
-    best: dict[str, float] | None = None  # step and val_loss of the best checkpoint
-    health: Health = dataclasses.field(default_factory=Health)
-    pending: dict[str, Any] | None = None  # this step's line of metrics.jsonl, where it still waits for an evaluation
-    run_id: str = ""  # of the run in its folder
-    enough: Callable[[], bool] = never  # whether to leave off in the middle of a step
-
-    @property
-    def total_steps(self) -> int | None:
-        """The steps after which the run ends, None before a time budget knows."""
-        return self.plan[-1][1] if self.plan else None
 
 
 class StepReport(NamedTuple):
@@ -90,41 +47,29 @@ class StepReport(NamedTuple):
     trouble: Trouble | None = None  # why, unless fp16's gradients overflowed
 
 
-def build(hparams: Hparams, tokenizer: Tokenizer) -> Training:
-    """Return a run at its first step: model, optimizer and precision. Raises UserError for what doesn't fit."""
-    device = choose_device(hparams.train.device)
-    dtype = choose_dtype(hparams.train.precision, device)
-    count = sum(map(math.prod, shapes_of(hparams.model, tokenizer.vocab_size).values()))
-    require_memory(4 * count, f"a model of {count / 1e6:,.0f}M parameters")
-    torch.manual_seed(hparams.train.seed)
-    model = GPT(hparams.model, tokenizer.vocab_size).to(device)
-    model.checkpoint_activations = hparams.train.checkpoint_activations
-    optimizer = pick(OPTIMIZERS, hparams.optim.optimizer, "optim.optimizer")(model, hparams.optim)
-    plan = [] if hparams.total_steps is None else [[0, hparams.total_steps]]
-    return Training(hparams, tokenizer, model, optimizer, make_scaler(dtype, device), device, dtype, plan=plan)
-
-
 def derived_seed(*parts: int) -> int:
     """Return a seed that is a function of `parts` alone."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
 def train_step(training: Training, micro_batches: list[Batch]) -> StepReport:
-    """Make one optimizer step from the batches of its micro-steps.
+    """Make one optimizer step from the batches of its micro-steps: this rank's rows of them.
 
     Raises StopAsked before the next micro-step once `training.enough()`: nothing has changed then but the gradients.
 
-    The loss is normalised by the predicted tokens of all micro-batches, and balance is that of all of them: how the
-    global batch is cut changes nothing. The batches are on the host, as they come. Raises BadStep on a loss or gradient
-    that isn't finite, or a spike, unless the settings say to pass the batch over; the weights are then as before. What
-    torch says when memory runs out comes through, with the weights as before; see `forget_step`.
+    The loss is normalised by the predicted tokens of all micro-batches and ranks, and balance is that of all of them:
+    how the global batch is cut changes nothing. The batches are on the host, as they come. Raises BadStep on a loss or
+    gradient that isn't finite, or a spike, unless the settings say to pass the batch over; the weights are then as
+    before. What torch says when memory runs out comes through, with the weights as before; see `forget_step`.
     """
     model, hparams = training.model.train(), training.hparams
     lr = learning_rate(hparams.optim, training.step, training.plan)
     for group in training.optimizer.param_groups:
         group |= {"lr": lr * group["lr_scale"], "step": training.step}
     targets = _targets(micro_batches)
-    n_tokens, n_routed = max(1, len(targets)), max(1, _routed_tokens(micro_batches))
+    n_bytes = int(training.tokenizer.byte_lengths[targets].sum())
+    n_targets, n_routed, n_bytes = training.team.total(len(targets), _routed_tokens(micro_batches), n_bytes)
+    n_tokens, n_routed = max(1, n_targets), max(1, n_routed)
     micro_batches = [batch.to(training.device) for batch in micro_batches]
 
     routing = _route_ahead(training, micro_batches) if len(micro_batches) > 1 and _balances(training) else []
@@ -132,13 +77,14 @@ def train_step(training: Training, micro_batches: list[Batch]) -> StepReport:
     balance: list[Tensor] = []
     totals: list[RouterStats] = []
     for index, batch in enumerate(until(training.enough, micro_batches)):
+        reduce_gradients(model, training.layout, now=index == len(micro_batches) - 1)
         with _micro_step(training, index):
             output = model(batch.input_ids, batch.segments)
             features_TR = model.features(output.hidden).flatten(0, 1)
             cross_entropy = linear_cross_entropy(features_TR, model.table, batch.labels.flatten())
             loss = cross_entropy / n_tokens
             if _balances(training):
-                value, slopes_LE = balance_slopes(routing or add_stats([], output.router), hparams)
+                value, slopes_LE = balance_slopes(routing or stats_of_all(training.team, output.router), hparams)
                 balance = [value]
                 loss = loss + (slopes_LE * torch.stack([stats.probability for stats in output.router])).sum()
             if hparams.balance.z_loss and output.router:
@@ -147,6 +93,7 @@ def train_step(training: Training, micro_batches: list[Batch]) -> StepReport:
         (loss if training.scaler is None else training.scaler.scale(loss)).backward()
         nats += cross_entropy.detach()
         totals = add_stats(totals, output.router)
+    totals, nats = stats_of_all(training.team, totals), training.team.summed(nats)
     results = (nats, _clip(training), expert_load(totals), router_health(totals), *balance)
     total, grad_norm, load, (entropy, largest), *balance_loss = _to_host(*results)
     trouble = _update(training, total / n_tokens, grad_norm, micro_batches)
@@ -154,11 +101,10 @@ def train_step(training: Training, micro_batches: list[Batch]) -> StepReport:
     if not skipped and hparams.balance.bias_rate is not None:
         _move_biases(training, totals, hparams.balance.bias_rate)
     training.step += int(not skipped)
-    training.tokens += len(targets)
-    n_bytes = int(training.tokenizer.byte_lengths[targets].sum())
+    training.tokens += n_targets
     mean_balance = balance_loss[0] if balance_loss else None
     routing_report = (load, entropy, largest)
-    counts = (total / n_tokens, len(targets), n_bytes)
+    counts = (total / n_tokens, n_targets, n_bytes)
     return StepReport(*counts, mean_balance, grad_norm, lr, *routing_report, skipped, trouble)
 
 
@@ -190,8 +136,9 @@ def _balances(training: Training) -> bool:
 
 @contextmanager
 def _micro_step(training: Training, index: int) -> Iterator[None]:
-    """The random numbers and the precision of one micro-step."""
-    torch.manual_seed(derived_seed(training.hparams.train.seed, training.step, training.skipped_steps, index))
+    """The random numbers and the precision of one micro-step; other ranks have other rows, and other dropout."""
+    place = (training.hparams.train.seed, training.step, training.skipped_steps, index)
+    torch.manual_seed(derived_seed(*place, *([] if training.team.leads else [training.team.rank])))
     with autocast(training.dtype, training.device):
         yield
 
@@ -207,7 +154,7 @@ def _route_ahead(training: Training, micro_batches: list[Batch]) -> list[RouterS
     for index, batch in enumerate(until(training.enough, micro_batches)):
         with _micro_step(training, index):
             totals = add_stats(totals, training.model(batch.input_ids, batch.segments).router)
-    return totals
+    return stats_of_all(training.team, totals)
 
 
 def balance_slopes(totals: list[RouterStats], hparams: Hparams) -> tuple[Tensor, Tensor]:
@@ -242,15 +189,20 @@ def _clip(training: Training) -> Tensor:
         training.scaler.unscale_(training.optimizer)
     limit = training.hparams.optim.grad_clip or math.inf
     parameters = list(training.model.parameters())
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = training.layout.grad_norm(training.model)
     # by a norm that isn't finite all would be spoilt, and no one could tell any more which gradient it came from
-    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm.where(norm.isfinite(), 0))
+    usable = norm.where(norm.isfinite(), 0)
+    if training.team.alone:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, usable)
+    else:
+        share = (limit / (usable + CLIP_EPS)).clamp(max=1.0)
+        torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], share)
     return norm
 
 
 def _update(training: Training, loss: float, grad_norm: float, micro_batches: list[Batch]) -> Trouble | None:
     """Apply the gradients and return None; or leave the weights and return why, where the batch may be passed over."""
-    scaler, settings = training.scaler, training.hparams.train
+    scaler, settings, model, team = training.scaler, training.hparams.train, training.model, training.team
     what = wrong_with(loss, grad_norm, training.losses, settings.spike_deviations)
     if what is None:  # not by scaler.step: for an optimizer other than torch's fused ones it would wait for the device
         _apply(training)
@@ -264,13 +216,14 @@ def _update(training: Training, loss: float, grad_norm: float, micro_batches: li
     training.skipped_in_a_row += 1
     last = training.skipped_in_a_row >= MAX_SKIPS
     if overflow and scaler is not None:
-        _halve_scale(scaler, grad_norm)
+        _halve_scale(scaler)
         last = last or scaler.get_scale() < MIN_SCALE
     else:
         last = last or settings.bad_step == "stop"
     trouble = Trouble(what, loss, grad_norm, None, False, [], [])
     if last or not overflow:
-        trouble = _look_into(training, trouble, micro_batches)
+        trouble = look_into(model, team, trouble, micro_batches, lambda index: _micro_step(training, index))
+        settle(model, training.layout)
     training.optimizer.zero_grad(set_to_none=True)
     if last:
         raise BadStep(_why_stopped(training, trouble, overflow), trouble)
@@ -293,28 +246,13 @@ def _apply(training: Training) -> None:
         ) from error
 
 
-def _halve_scale(scaler: torch.amp.GradScaler, grad_norm: float) -> None:
-    """Lower fp16's loss scale, as every overflow does; where the loss alone isn't finite, the scaler hasn't seen it."""
-    scaler.update(scaler.get_scale() * scaler.get_backoff_factor() if math.isfinite(grad_norm) else None)
-
-
-def _look_into(training: Training, trouble: Trouble, micro_batches: list[Batch]) -> Trouble:
-    """Return where the trouble begins: by the gradients, and by the forward pass made again with the same numbers."""
-    model = training.model
-    gradients, largest = gradients_not_finite(model), largest_gradient(model)
-    losses: list[float] = []
-    with torch.no_grad(), first_not_finite(model) as found:
-        for index, batch in enumerate(micro_batches):
-            with _micro_step(training, index):
-                features_BSR = model.features(model(batch.input_ids, batch.segments).hidden)
-                for features_SR, labels_S in zip(features_BSR, batch.labels, strict=True):
-                    nats = linear_cross_entropy(features_SR, model.table, labels_S).item()
-                    losses.append(nats / max(1, int((labels_S != IGNORE).sum())))
-    spike = math.isfinite(trouble.loss) and math.isfinite(trouble.grad_norm)
-    # backward goes from the last layer to the first: where it breaks, all that comes before in the network is broken
-    layer = found[0] if found else gradients[-1]["parameter"] if gradients else largest if spike else None
-    again = bool(found) or not all(math.isfinite(loss) for loss in losses) or spike
-    return trouble._replace(layer=layer, again=again, gradients=gradients, row_losses=losses)
+def _halve_scale(scaler: torch.amp.GradScaler) -> None:
+    """Lower fp16's loss scale, as every overflow does, also where it was another rank's or the loss's alone, which this
+    rank's scaler hasn't seen."""
+    state = scaler.state_dict()
+    state |= {"scale": state["scale"] * state["backoff_factor"], "_growth_tracker": 0}
+    scaler.update()
+    scaler.load_state_dict(state)
 
 
 def _why_stopped(training: Training, trouble: Trouble, overflow: bool) -> str:
@@ -342,46 +280,32 @@ def forget_step(training: Training) -> None:
         training.scaler.load_state_dict(state)
 
 
-def snapshot(training: Training, marks: dict[str, str]) -> Checkpoint:
-    """Return everything that the rest of the run depends on."""
-    optimizer = {
-        f"{name}:{key}": value
-        for name, parameter in training.model.named_parameters()
-        for key, value in training.optimizer.state[parameter].items()
+def metrics_row(training: Training, report: StepReport, since: tuple[int, float], rate: float) -> dict[str, Any]:
+    """Return the line of metrics.jsonl for the step just made; throughput is that since the last line."""
+    tokens, seconds = training.tokens - since[0], training.seconds - since[1]
+    speed = tokens / seconds
+    row = {
+        "step": training.step,
+        "total_steps": training.total_steps,
+        "tokens": training.tokens,
+        "seconds": training.seconds,
+        "loss": report.loss,
+        "bits_per_byte": bits_per_byte(report.loss * report.tokens, report.bytes),
+        "balance_loss": report.balance_loss,
+        "lr": report.lr,
+        "grad_norm": report.grad_norm,
+        "tokens_per_second": speed,
+        "mfu": training.model.flops_per_token(training.hparams.model.max_length) * speed / rate,
+        "expert_load": report.expert_load,
+        "router_entropy": report.router_entropy,
+        "router_largest": report.router_largest,
+        "starving_experts": training.health.starving(),
+        "memory_mb": peak_memory_mb(training.device),
     }
-    state = {name: getattr(training, name) for name in (*PROGRESS, *LATER)}
-    state |= {"health": training.health.state(), "batch_size": training.hparams.train.batch_size}
-    state["scaler"] = None if training.scaler is None else training.scaler.state_dict()
-    return Checkpoint(training.step, training.model.state_dict(), optimizer, state, marks, training.run_id)
-
-
-PROGRESS = ("step", "tokens", "seconds", "elapsed", "plan", "skipped_steps", "skipped_in_a_row", "cursor", "best")
-LATER: dict[str, Any] = {
-    "losses": [],
-    "micro_rows": None,
-    "pending": None,
-}  # what checkpoints of the first runs don't have, and what it was then
-
-
-def restore(training: Training, saved: Checkpoint) -> None:
-    """Put a snapshot back; from here on the run is the one it would have been. Raises UserError for another's."""
-    settings = training.hparams.model
-    check_state(saved.state, settings.n_layers, settings.n_experts)
-    shapes = {name: tuple(parameter.shape) for name, parameter in training.model.named_parameters()}
-    check_optimizer(saved.optimizer, shapes, training.hparams.optim.optimizer)
-    training.model.load_state_dict(saved.model)
-    parameters = dict(training.model.named_parameters())
-    training.optimizer.state.clear()
-    for key, value in saved.optimizer.items():
-        name, entry = key.rsplit(":", 1)
-        training.optimizer.state[parameters[name]][entry] = value.to(training.device)
-    for name in PROGRESS:
-        setattr(training, name, saved.state[name])
-    for name, before in LATER.items():
-        setattr(training, name, saved.state.get(name, before))
-    if saved.state.get("batch_size") != training.hparams.train.batch_size:
-        training.micro_rows = None  # another size was set, or found: it is to be tried as it is
-    training.health = Health.restored(saved.state.get("health", {}))
-    training.run_id = saved.run_id
-    if training.scaler is not None and saved.state["scaler"] is not None:
-        training.scaler.load_state_dict(saved.state["scaler"])
+    if training.scaler is not None or training.skipped_steps:
+        row |= {"skipped_steps": training.skipped_steps}
+    if training.scaler is not None:
+        row |= {"loss_scale": training.scaler.get_scale()}
+    if training.micro_rows is not None:
+        row |= {"micro_rows": training.micro_rows}
+    return row

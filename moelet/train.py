@@ -31,15 +31,21 @@ from moelet.identity import (
     require_length,
     require_same,
     reread,
+    with_batch_size_of,
+    with_commits_of,
 )
 from moelet.kernels.native import why_not
 from moelet.loss import BALANCE
 from moelet.metrics import METRICS_FILE, cut_metrics, last_elapsed, matrix_rate
 from moelet.moe import ROUTERS
 from moelet.optim import OPTIMIZERS, SCHEDULES, Plan
+from moelet.parallel.layout import sizes_for
+from moelet.parallel.orders import END, advice, build_everywhere, count_parameters, order_restore
+from moelet.parallel.ranks import ALONE, Team
+from moelet.parallel.watch import Watch
 from moelet.precision import choose_device, choose_dtype
 from moelet.session import Session
-from moelet.step import Training, build, restore, snapshot
+from moelet.state import Training, restore, snapshot
 from moelet.stopping import StopAsked, stop_signals
 from moelet.storage import checkpoint
 from moelet.storage.checkpoint import HPARAMS, TOKENIZER, load_run_settings
@@ -66,8 +72,16 @@ NAMED: dict[tuple[str, str], Mapping[str, Any]] = {  # settings that name someth
 }
 
 
-def check(hparams: Hparams) -> None:
-    """Raise UserError, before any work, for a name that no table holds and for what this machine hasn't got."""
+def check(hparams: Hparams, team: Team | None = ALONE) -> None:
+    """Raise UserError, before any work, for a name that no table holds and for what this machine hasn't got, ranks
+    included; None: nobody knows yet how many there will be."""
+    if team is not None:
+        sizes_for(hparams.parallel, hparams.model, team.size)
+    if team is not None and hparams.train.batch_size == "auto" and not team.alone:
+        raise UserError(
+            f'train.batch_size is "auto" and there are {team.size} ranks. It is looked for by one process alone. Set '
+            "train.batch_size to the sequences of a micro-step over all ranks."
+        )
     for (section, key), known in NAMED.items():
         name = getattr(getattr(hparams, section), key)
         if name is not None:
@@ -133,14 +147,15 @@ def refuse_folder(run: Path) -> None:
         )
 
 
-def start(hparams: Hparams, run: Path, progress: Progress, began: float | None = None) -> None:
-    """Train from the first step in folder `run`; `began` is when the process did, by time.monotonic().
+def start(hparams: Hparams, run: Path, progress: Progress, began: float | None = None, team: Team = ALONE) -> None:
+    """Train from the first step in folder `run`; `began` is when the process did, by time.monotonic(). Of several ranks
+    the leader calls this, the others `moelet.follow.follow`.
 
     Raises UserError before any work when the settings don't fit, or the folder holds a complete checkpoint or files
     that are not a run's.
     """
     clock = Clock(0.0, time.monotonic() if began is None else began)
-    check(hparams)
+    check(hparams, team)
     if run.is_dir() and any(run.iterdir()) and not (run / LOCK).exists():
         raise UserError(
             f"{run} holds files that are not a run's. A new run needs a folder that is empty or not there yet. Give "
@@ -153,7 +168,7 @@ def start(hparams: Hparams, run: Path, progress: Progress, began: float | None =
                 f"on with this one: python -m moelet train --resume {shlex.quote(str(run))}"
             )
         refuse_to_forget(run)
-        train(_fresh(pinned(hparams), run, progress), run, progress, clock, held)
+        train(_fresh(pinned(hparams), run, progress, team), run, progress, clock, held)
 
 
 def refuse_to_forget(run: Path) -> None:
@@ -171,7 +186,7 @@ def refuse_to_forget(run: Path) -> None:
     )
 
 
-def _fresh(hparams: Hparams, run: Path, progress: Progress) -> Training:
+def _fresh(hparams: Hparams, run: Path, progress: Progress, team: Team) -> Training:
     """Return a run at its first step: its folder cleared of what an earlier try left, its tokenizer made, its batch
     size found."""
     note_unsaved(run)
@@ -184,7 +199,7 @@ def _fresh(hparams: Hparams, run: Path, progress: Progress) -> Training:
     write_file(run / TOKENIZER, tokenizer.model_bytes)
     hparams = find_batch_size(hparams, tokenizer, run / TOKENIZER, progress)
     write_file(run / HPARAMS, hparams.to_json().encode())
-    training = build(hparams, tokenizer)
+    training = build_everywhere(hparams, tokenizer, team, run)
     training.run_id = run_id
     return training
 
@@ -197,6 +212,7 @@ def resume(
     settings: Path | None = None,
     seconds: float | None = None,
     accept: bool = False,
+    team: Team = ALONE,
 ) -> None:
     """Go on with the run in folder `run` from its newest checkpoint that verifies; from its start when it has none.
 
@@ -214,9 +230,9 @@ def resume(
         if not any(change.startswith("train.batch_size=") for change in changes):
             hparams = with_batch_size_of(saved, hparams)
         hparams = pinned(with_commits_of(saved, hparams))
-        check(hparams)
+        check(hparams, team)
         if folders(run):
-            training = _restored(hparams, run, progress, accept)
+            training = _restored(hparams, run, progress, accept, team)
             total = training.total_steps
             progress.say(f"resumed at step {training.step}" + (f" of {total}" if total else ""))
             if total == training.step:
@@ -224,7 +240,7 @@ def resume(
         else:
             refuse_to_forget(run)
             progress.say(f"{run} has no checkpoint yet: starting over.")
-            training = _fresh(hparams, run, progress)
+            training = _fresh(hparams, run, progress, team)
         train(training, run, progress, Clock(spent, time.monotonic() if began is None else began), held)
 
 
@@ -241,29 +257,7 @@ def spent_on(run: Path) -> float:
     return max(last_elapsed(run), saved if isinstance(saved, float) and 0 <= saved < math.inf else 0.0)
 
 
-def with_commits_of(saved: Hparams, hparams: Hparams) -> Hparams:
-    """Return `hparams` where a dataset without a revision stays at the commit that the run began with."""
-
-    def keep(old: Any, new: Any) -> Any:
-        same = (old.dataset, old.name) == (new.dataset, new.name) and new.revision is None
-        return new.model_copy(update={"revision": old.revision}) if same else new
-
-    data = keep(saved.data, hparams.data)
-    if data.parts and len(saved.data.parts) == len(data.parts):
-        data = data.model_copy(update={"mix": list(map(keep, saved.data.parts, data.parts))})
-    return hparams.model_copy(update={"data": data})
-
-
-def with_batch_size_of(saved: Hparams, hparams: Hparams) -> Hparams:
-    """Return `hparams` where "auto" stays at the size that the run has found, as long as a step's is the same."""
-    old, new = saved.train, hparams.train
-    if new.batch_size != "auto" or old.batch_size == "auto" or old.global_batch_size != new.global_batch_size:
-        return hparams
-    kept = new.model_copy(update={"batch_size": old.batch_size, "memory_limit_gb": None})
-    return hparams.model_copy(update={"train": kept})
-
-
-def _restored(hparams: Hparams, run: Path, progress: Progress, accept: bool) -> Training:
+def _restored(hparams: Hparams, run: Path, progress: Progress, accept: bool, team: Team) -> Training:
     """Return the run as its newest checkpoint that verifies has it, with the changes that are accepted; metrics.jsonl
     is cut back to that step."""
     saved_hparams, tokenizer = load_run_settings(run)
@@ -281,8 +275,9 @@ def _restored(hparams: Hparams, run: Path, progress: Progress, accept: bool) -> 
     shapes = {name: tuple(tensor.shape) for name, tensor in saved.model.items()}
     checkpoint.refuse_other_shapes(run, shapes, saved_hparams, tokenizer)
     hparams = find_batch_size(hparams, tokenizer, run / TOKENIZER, progress)
-    training = build(hparams, tokenizer)
+    training = build_everywhere(hparams, tokenizer, team, run)
     plan = training.plan
+    order_restore(training, run, saved.step)
     restore(training, saved)
     sweep(run)
     if changed:
@@ -321,6 +316,7 @@ def train(training: Training, run: Path, progress: Progress, clock: Clock, held:
 
     with (
         stop_signals() as asked,
+        Watch(training.team, advice(run)),
         Reader(begin, training.cursor, PREFETCH_BATCHES, hparams.data.reader_patience) as batches,
         tracking(run, hparams, progress) as tracked,
         progress,
@@ -339,10 +335,12 @@ def train(training: Training, run: Path, progress: Progress, clock: Clock, held:
                     break
         if asked.stop is not None and not ended(training):
             session.save(final=True)
+            training.team.order(END, signal=asked.stop)
             raise Interrupted(
                 asked.stop,
                 f"interrupted and saved at step {training.step}. Go on with: {session.again}",
             )
+        training.team.order(END, signal=None)
 
 
 def ended(training: Training) -> bool:
@@ -352,9 +350,8 @@ def ended(training: Training) -> bool:
 
 def introduce(training: Training, run: Path, validation: Validation, progress: Progress) -> None:
     """Say what is about to be trained, on what, where."""
-    model, hparams = training.model, training.hparams
-    count = sum(parameter.numel() for parameter in model.parameters())
-    settings = hparams.model
+    hparams = training.hparams
+    count, settings = count_parameters(training), hparams.model
     budget = hparams.train.time_budget
     length = f"{training.total_steps:,} " if budget is None else f"{duration(budget)} in all, "
     experts = f"{settings.n_experts} experts top-{settings.top_k}" if settings.n_experts > 1 else "dense"
@@ -366,6 +363,10 @@ def introduce(training: Training, run: Path, validation: Validation, progress: P
         ("length", f"{length}steps of {hparams.tokens_per_step:,} tokens"),
         ("machine", f"{training.device.type}, {str(training.dtype).removeprefix('torch.')}"),
     ]
+    if not training.team.alone:
+        sizes = training.layout.sizes
+        parts = "; no sample while training, as no rank has all of the model" if training.layout.divided else ""
+        rows.append(("ranks", f"{sizes.data} data x {sizes.shard} shard x {sizes.expert} expert{parts}"))
     if training.device.type == "cpu" and (reason := why_not(training.dtype)) is not None:
         rows.append(("kernels", f"torch's, half as fast as ours: {reason}"))
     progress.say(*table("moelet", rows))

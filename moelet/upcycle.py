@@ -17,7 +17,7 @@ from torch import Tensor
 from moelet.errors import UserError
 from moelet.hparams import Hparams, read_hparams_inside
 from moelet.modelling import GPT
-from moelet.step import build
+from moelet.state import build
 from moelet.storage.checkpoint import HPARAMS, load, load_run_settings
 from moelet.storage.manifest import read_state
 from moelet.storage.saved_state import check_state

@@ -26,7 +26,8 @@ from moelet.speed import bench, breakdown, contest, peers, roofline
 from moelet.speed import page as bench_page
 from moelet.speed.naive import NaiveGPT, SdpaAttention, copy_weights
 from moelet.speed.peers import Workload
-from moelet.step import build, train_step
+from moelet.state import build
+from moelet.step import train_step
 from moelet.study import arms
 
 VOCABULARY = 300

@@ -21,7 +21,7 @@ from conftest import TinySettings
 
 from moelet.errors import TemporaryError, UserError
 from moelet.hparams import make_hparams
-from moelet.step import Training, build, snapshot
+from moelet.state import Training, build, snapshot
 from moelet.storage import checkpoint, manifest
 from moelet.storage.checkpoint import Checkpoint
 from moelet.storage.disk import file_sha256, write_file

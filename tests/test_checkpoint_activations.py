@@ -9,7 +9,8 @@ from test_modern import EVERYTHING
 
 from moelet.data import Batch, collate
 from moelet.hparams import make_hparams
-from moelet.step import StepReport, build, train_step
+from moelet.state import build
+from moelet.step import StepReport, train_step
 from moelet.tokenizer import Tokenizer
 
 RUNS = [run for run in product(CPU_BACKENDS, ["fp32", "fp16"]) if run != ("fused", "fp16")]  # there is no such kernel

@@ -31,7 +31,7 @@ from moelet.export.pieces import BYTE, CONTROL, UNKNOWN, is_bpe, pieces_of, toke
 from moelet.generate import Sampling, continuations
 from moelet.hparams import make_hparams
 from moelet.modelling import GPT
-from moelet.step import build
+from moelet.state import build
 from moelet.storage.checkpoint import Loaded, load
 from moelet.storage.disk import whole
 from moelet.tokenizer import LOSSLESS, SPACES, Tokenizer

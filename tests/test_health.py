@@ -12,10 +12,11 @@ import torch
 from conftest import TinySettings
 from rich.console import Console
 
-from moelet import health, metrics, step, train
+from moelet import health, metrics, state, train
 from moelet.console import Progress
 from moelet.health import HORIZON, RULES, SHOWN, Alarm, Health, advice, alarm_lines
 from moelet.hparams import make_hparams
+from moelet.parallel import orders
 
 WELL = {"entropy": [0.8], "largest": [3.0]}
 
@@ -158,14 +159,14 @@ def test_a_sick_run_says_so_everywhere_and_after_a_resume_too(
 ) -> None:
     """One expert is never chosen: the alarm comes at a step that isn't logged, and after a checkpoint that knows."""
 
-    def build_sick(*arguments: Any) -> step.Training:
-        training = step.build(*arguments)
+    def build_sick(*arguments: Any) -> state.Training:
+        training = state.build(*arguments)
         bias = training.model.layers[1].mlp.gate.bias
         assert isinstance(bias, torch.Tensor)
         bias[2] = -1e9
         return training
 
-    monkeypatch.setattr(train, "build", build_sick)
+    monkeypatch.setattr(orders, "build", build_sick)
     lengths = {"train_steps": 60, "log_steps": 50, "checkpoint_steps": 20, "keep_checkpoints": 9}
     settings = tiny_settings(model={"selection_bias": True}, balance={"bias_rate": 1e-3}, train=lengths)
     out = io.StringIO()
@@ -187,8 +188,8 @@ def test_a_sick_run_says_so_everywhere_and_after_a_resume_too(
 
 
 def test_a_checkpoint_from_before_alarms_goes_on(tiny_settings: TinySettings, tokenizer: Any) -> None:
-    training = step.build(make_hparams(tiny_settings()), tokenizer)
-    saved = step.snapshot(training, {})
+    training = state.build(make_hparams(tiny_settings()), tokenizer)
+    saved = state.snapshot(training, {})
     del saved.state["health"]
-    step.restore(training, saved)
+    state.restore(training, saved)
     assert training.health.state() == Health().state()

@@ -19,7 +19,8 @@ from moelet import step
 from moelet.data import Batch
 from moelet.hparams import make_hparams
 from moelet.kernels.sorted_rows import pad_blocks, sort_by_expert
-from moelet.step import Training, build, train_step
+from moelet.state import Training, build
+from moelet.step import train_step
 from moelet.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")

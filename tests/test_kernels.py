@@ -22,7 +22,8 @@ from moelet import experts
 from moelet.data import Batch, collate
 from moelet.hparams import Hparams, make_hparams
 from moelet.kernels.sorted_rows import Rows, sort_by_expert
-from moelet.step import build, train_step
+from moelet.state import build
+from moelet.step import train_step
 from moelet.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

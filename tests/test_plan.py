@@ -27,7 +27,7 @@ from moelet.kernels import native
 from moelet.kernels.sorted_rows import fair_shares
 from moelet.loss import linear_cross_entropy
 from moelet.modelling import GPT, KVCache
-from moelet.step import build, snapshot
+from moelet.state import build, snapshot
 from moelet.storage import checkpoint
 from moelet.study.arms import size_of
 from moelet.tokenizer import Tokenizer

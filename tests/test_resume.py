@@ -214,7 +214,7 @@ def test_skipped_fp16_steps_survive_a_cut(
     import torch
 
     monkeypatch.setattr(
-        "moelet.step.make_scaler",
+        "moelet.state.make_scaler",
         lambda dtype, device: torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_factor=2.0**9, growth_interval=2),
     )
     settings = tiny_settings(

@@ -10,7 +10,7 @@ from conftest import TinySettings
 
 from moelet.errors import UserError
 from moelet.hparams import make_hparams
-from moelet.step import build, snapshot
+from moelet.state import build, snapshot
 from moelet.storage.saved_state import check_optimizer, check_state
 from moelet.tokenizer import Tokenizer
 

@@ -11,7 +11,8 @@ from moelet.data import Batch, collate
 from moelet.errors import UserError
 from moelet.hparams import make_hparams
 from moelet.loss import BALANCE, IGNORE
-from moelet.step import MAX_SKIPS, Training, balance_slopes, build, restore, snapshot, train_step
+from moelet.state import Training, build, restore, snapshot
+from moelet.step import MAX_SKIPS, balance_slopes, train_step
 from moelet.tokenizer import Tokenizer
 
 TEXT = "\n".join(f"def square_{i}(value): return value * value + {i}" for i in range(400))

@@ -16,7 +16,8 @@ from moelet.data import Batch, collate, read_validation
 from moelet.errors import UserError
 from moelet.evaluate import evaluate
 from moelet.hparams import make_hparams
-from moelet.step import Training, build, restore, train_step
+from moelet.state import Training, build, restore
+from moelet.step import train_step
 from moelet.storage.checkpoint import load, load_run_settings, newest, read
 from moelet.storage.manifest import checkpoint_steps
 from moelet.upcycle import upcycle

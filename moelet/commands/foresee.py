@@ -22,7 +22,7 @@ def plan(
     file: Settings = None,
     hours: Annotated[float | None, typer.Option(metavar="H", help="Propose sizes that train in so many hours.")] = None,
     gpus: Annotated[
-        str | None, typer.Option(metavar="NAME,NAME", help="Only these cards; with --hours, sizes for the first.")
+        str | None, typer.Option(metavar="NAME,8xNAME", help="Only these cards; with --hours, sizes for the first.")
     ] = None,
     seconds: Annotated[float, typer.Option(min=0, help="Of trying the run's first steps here; 0: don't.")] = 20.0,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the first proposal here.")] = None,

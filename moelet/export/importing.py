@@ -22,7 +22,7 @@ from moelet.hparams import Hparams, make_hparams, read_or_default
 from moelet.memory import require_memory
 from moelet.modelling import NORM_EPS, shapes_of
 from moelet.sections import ModelSettings
-from moelet.step import build
+from moelet.state import build
 from moelet.storage.checkpoint import TOKENIZER
 from moelet.storage.intake import LARGEST_JSON, name_parts, open_inside, parse_json, shown, size_of
 from moelet.storage.tensor_file import LARGEST_FILE, TensorFile

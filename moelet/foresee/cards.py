@@ -69,8 +69,8 @@ def chosen(names: str | None) -> list[Card]:
         plain = "".join(name.lower().split()).replace("-", "").removeprefix("nvidia")
         if plain not in known:
             raise UserError(
-                f"--gpus names {name.strip()!r}. It must be one of: {', '.join(CARDS)}, or several with commas; "
-                f"a run trains on one card.{nearest(plain.upper(), CARDS)}"
+                f"--gpus names {name.strip()!r}. It must be one of: {', '.join(CARDS)}, or a number of them such as "
+                f"8xT4; several with commas.{nearest(plain.upper(), CARDS)}"
             )
         found.append(known[plain])
     return found

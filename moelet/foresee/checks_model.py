@@ -16,7 +16,8 @@ from moelet.kernels.native import why_not
 from moelet.modelling import GPT, KVCache
 from moelet.moe import Router
 from moelet.precision import autocast
-from moelet.step import StepReport, Training, restore, snapshot, train_step
+from moelet.state import Training, restore, snapshot
+from moelet.step import StepReport, train_step
 from moelet.storage import checkpoint
 from moelet.train import begin_run
 

@@ -6,6 +6,7 @@ from typing import Any
 from moelet.console import table
 
 GIB = 2**30
+SHOWN = 6  # layouts of a cluster
 
 
 def short(count: float) -> str:
@@ -84,6 +85,29 @@ def _cards(found: dict[str, Any]) -> list[str]:
     return ["other cards: " + found["gpus_rest_on"], *(f"  {line}" for line in lines)]
 
 
+def _cluster(found: dict[str, Any]) -> list[str]:
+    """Return one cluster's layouts, the fastest that fit first."""
+    lines = []
+    for row in found["layouts"][:SHOWN]:
+        low, high = row["tokens_per_second_range"]
+        rate = f"~{short(row['tokens_per_second'])} ({short(low)}-{short(high)})"
+        step = row["computing_seconds"] + row["travelling_seconds"]
+        travels = f"{row['travelling_seconds'] / step:.0%} of the time travels"
+        fits = "" if row["fits"] else "  doesn't fit"
+        name = f"data {row['data']}, shard {row['shard']}, expert {row['expert']}"
+        lines.append(
+            f"  {name:<28} {rate:>22} {hours(row['hours']):>10} {megabytes(row['memory_mb']):>9}  {travels}{fits}"
+        )
+    best, rows = found["layouts"][0], found["rows_each"]
+    head = f"{found['count']} {found['gpu']}, an estimate: {rows} {'row' if rows == 1 else 'rows'} of a micro-step each"
+    if found["idle_share"] > 0.01:
+        head += f"; {found['idle_share']:.0%} of that is padding: make train.batch_size a multiple of {found['count']}"
+    advice = f"  take --set parallel.shard={best['shard']} --set parallel.expert={best['expert']}"
+    if not best["fits"]:
+        advice = "  none fits: lower train.batch_size, or take more cards"
+    return [head, *lines, advice]
+
+
 def _proposals(found: dict[str, Any]) -> list[str]:
     lines = [f"for the time given, on {found['proposals_for']}:"]
     for number, row in enumerate(found["proposals"], 1):
@@ -100,7 +124,17 @@ def _proposals(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-BLOCKS = {"sizes": _sizes, "here": _here, "cards": _cards, "proposals": _proposals}  # in the order of their making
+def _clusters(found: dict[str, Any]) -> list[str]:
+    return [line for cluster in found["clusters"] for line in [*_cluster(cluster), ""]][:-1]
+
+
+BLOCKS = {
+    "sizes": _sizes,
+    "here": _here,
+    "cards": _cards,
+    "clusters": _clusters,
+    "proposals": _proposals,
+}  # in the order of their making
 
 
 def block(name: str, found: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from moelet.data import Batch
 from moelet.hparams import Hparams, make_hparams
 from moelet.modelling import GPT
 from moelet.precision import choose_device, choose_dtype
-from moelet.step import Training, build
+from moelet.state import Training, build
 from moelet.tokenizer import Tokenizer
 
 OK, NOTE, FAULT = "ok", "note", "fault"

@@ -15,6 +15,7 @@ from moelet.console import Progress
 from moelet.decoding import decodes, decoding_dtype
 from moelet.errors import UserError
 from moelet.foresee.cards import BASIS, Card, Simulations, chosen, estimate
+from moelet.foresee.clusters import on_many, parted
 from moelet.foresee.page import block
 from moelet.foresee.proposals import Pace, Search
 from moelet.foresee.rehearsal import MIB, least_decoding, rehearse
@@ -46,11 +47,12 @@ def plan(request: Request, progress: Progress, tell: Callable[[str], None]) -> d
 
     Raises UserError for what doesn't fit.
     """
-    hparams, cards = read_hparams(request.file, request.changes), chosen(request.gpus)
+    single, clusters = parted(request.gpus)
+    hparams, cards = read_hparams(request.file, request.changes), chosen(single)
     if request.hours is not None and not 0 < request.hours < 1e6:
         raise UserError(f"--hours is {request.hours:g}. It must be above 0. Give hours such as 4, or 0.5.")
     anywhere = hparams.train.model_copy(update={"device": "cpu", "precision": "auto"})
-    check(hparams.model_copy(update={"train": anywhere}))  # names; what this machine hasn't got is no fault here
+    check(hparams.model_copy(update={"train": anywhere}), None)  # names; what isn't here is no fault
     vocab_size = _vocabulary(hparams)
     model = empty_model(hparams.model, vocab_size)
     found: dict[str, Any] = {"file": str(request.file), "changes": request.changes, "vocab_size": vocab_size}
@@ -64,7 +66,12 @@ def plan(request: Request, progress: Progress, tell: Callable[[str], None]) -> d
     progress.say("other cards, from a step simulated operation by operation")
     simulations = Simulations(hparams, vocab_size)
     found |= {"gpus": [_with_hours(estimate(card, simulations), found) for card in cards], "gpus_rest_on": BASIS}
+    found["clusters"] = [on_many(count, card, hparams, vocab_size, model) for count, card in clusters]
+    for cluster in found["clusters"]:
+        cluster["layouts"] = [_with_hours(row, found) for row in cluster["layouts"]]
     tell(block("cards", found))
+    if clusters:
+        tell(block("clusters", found))
     found["settings"] = hparams.model_dump(mode="json")
     found["proposals"] = []
     if request.hours is not None:

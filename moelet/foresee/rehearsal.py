@@ -32,7 +32,8 @@ from moelet.report import write_loss_curve, write_report
 from moelet.session import metrics_row
 from moelet.speed.contest import SideFailed, alone
 from moelet.speed.peers import AnyIds, Workload, zipf_batches
-from moelet.step import StepReport, Training, build, snapshot, train_step
+from moelet.state import Training, build, snapshot
+from moelet.step import StepReport, train_step
 from moelet.storage.checkpoint import HPARAMS, serialised
 from moelet.text.prefetch import Prefetch
 from moelet.tokenizer import Tokenizer

@@ -33,7 +33,7 @@ from moelet.speed.peers import (
     zipf_batches,
 )
 from moelet.speed.roofline import decode_bound, higher, limits
-from moelet.step import build
+from moelet.state import build
 from moelet.tokenizer import Tokenizer
 
 # the reference shape, where no settings file is given

@@ -22,7 +22,8 @@ from moelet.hparams import Hparams
 from moelet.modelling import GPT, Attention
 from moelet.moe import Experts, FeedForward, MoE
 from moelet.sections import DataSettings
-from moelet.step import Training, train_step
+from moelet.state import Training
+from moelet.step import train_step
 from moelet.tokenizer import Tokenizer
 
 PARTS = ("attention", "router + dispatch", "experts", "head + loss", "optimizer", "data", "other")

@@ -22,7 +22,8 @@ from moelet.modelling import GPT
 from moelet.precision import DTYPES, autocast, choose_device, choose_dtype, make_scaler
 from moelet.sections import ModelSettings
 from moelet.speed.naive import NaiveGPT, SdpaAttention
-from moelet.step import build, train_step
+from moelet.state import build
+from moelet.step import train_step
 from moelet.study.arms import active_width, dense_shape, full_width
 from moelet.tokenizer import Tokenizer
 

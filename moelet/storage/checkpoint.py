@@ -29,6 +29,7 @@ from moelet.storage.disk import make_folders, sealed, sync_folder, write_synced
 from moelet.storage.intake import parse_json, size_of
 from moelet.storage.manifest import (
     FORMAT,
+    FORMAT_OF_PARTS,
     MANIFEST,
     MODEL,
     OPTIMIZER,
@@ -41,14 +42,16 @@ from moelet.storage.manifest import (
     folders,
     newest,
     newest_read,
+    of_rank,
     open_verified,
     owner_of,
+    parts_of,
     put_aside,
     read_manifest,
     sweep,
     verify,
 )
-from moelet.storage.tensor_file import TensorFile
+from moelet.storage.tensor_file import TensorFile, Tensors
 from moelet.tokenizer import Tokenizer
 
 HPARAMS, TOKENIZER = "hparams.json", "tokenizer.model"
@@ -64,6 +67,7 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
     identity: dict[str, str]  # fingerprints that must be equal at resume, by name
     run_id: str = ""  # of the run that it is of; "" for those from before there were ids
+    others: Callable[[Path], dict[str, Part]] | None = None  # has other ranks write their parts of it into a folder
 
 
 class Loaded(NamedTuple):
@@ -99,20 +103,10 @@ def save(run: Path, checkpoint: Checkpoint) -> None:
     run passed it over when it was resumed. Raises SaveError when the disk doesn't take it.
     """
     parts = serialised(checkpoint)
-    manifest = {
-        "format": FORMAT,
-        "run_id": checkpoint.run_id,
-        "step": checkpoint.step,
-        "identity": checkpoint.identity,
-        "files": {
-            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in parts.items()
-        },
-        "made_by": {"torch": torch.__version__, "python": platform.python_version()},
-    }
     target = folder_of(run, checkpoint.step)
     try:
         if owner_of(target) != checkpoint.run_id or fault(target) is not None:
-            _write(target, {**parts, MANIFEST: sealed(manifest)}, checkpoint.run_id)
+            _write(target, checkpoint, parts)
         sync_folder(target.parent)
         for later, folder in folders(run):
             if later > checkpoint.step and owner_of(folder) in (checkpoint.run_id, None):
@@ -122,15 +116,44 @@ def save(run: Path, checkpoint: Checkpoint) -> None:
         raise SaveError(_unsaved(run, checkpoint.run_id, checkpoint.step, size, error), run) from error
 
 
-def _write(target: Path, files: dict[str, bytes], run_id: str) -> None:
+def write_tensors(folder: Path, rank: int, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> dict[str, Part]:
+    """Write what a rank gives to a checkpoint into the folder where it is being made; return what was written."""
+    written = {}
+    for name, tensors in ((MODEL, model), (OPTIMIZER, optimizer)):
+        data = safetensors.torch.save(_on_cpu(tensors))
+        write_synced(folder / of_rank(name, rank), data)
+        written[of_rank(name, rank)] = _part(data)
+    return written
+
+
+def _part(data: bytes) -> Part:
+    return Part(len(data), hashlib.sha256(data).hexdigest())
+
+
+def _manifest(checkpoint: Checkpoint, files: dict[str, Part]) -> dict[str, Any]:
+    return {
+        "format": FORMAT if checkpoint.others is None else FORMAT_OF_PARTS,
+        "run_id": checkpoint.run_id,
+        "step": checkpoint.step,
+        "identity": checkpoint.identity,
+        "files": {name: part._asdict() for name, part in files.items()},
+        "made_by": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def _write(target: Path, checkpoint: Checkpoint, parts: dict[str, bytes]) -> None:
     """Write a checkpoint's files, the manifest last, and give them their name once they are on the disk."""
+    run_id = checkpoint.run_id
     make_folders(target.parent)
     sweep(target.parents[1])  # what a killed process left may be what the disk is full of
     temporary = target.with_name(f"{target.name}.tmp-{run_id}-{os.getpid()}")
     try:
         temporary.mkdir()
-        for name, data in files.items():
+        for name, data in parts.items():
             write_synced(temporary / name, data)
+        files = {name: _part(data) for name, data in parts.items()}
+        files |= {} if checkpoint.others is None else checkpoint.others(temporary)
+        write_synced(temporary / MANIFEST, sealed(_manifest(checkpoint, files)))
         sync_folder(temporary)
         try:
             verify(temporary, target.name)
@@ -175,7 +198,7 @@ def _read(folder: Path) -> Checkpoint:
         state = _parsed(STATE, lambda: parse_json(files[STATE].read(), STATE))
         if not isinstance(state, dict):
             raise Damaged(f"{STATE} holds a {type(state).__name__}, not an object")
-        model, optimizer = (_tensors(folder, name, files[name]) for name in (MODEL, OPTIMIZER))
+        model, optimizer = (_tensors(folder, name, files) for name in (MODEL, OPTIMIZER))
     return Checkpoint(manifest["step"], model, optimizer, state, identity, manifest.get("run_id", ""))
 
 
@@ -186,9 +209,10 @@ def _identity(manifest: dict[str, Any]) -> dict[str, str]:
     return identity
 
 
-def _tensors(folder: Path, name: str, file: BufferedReader) -> dict[str, Tensor]:
-    found = _parsed(name, lambda: TensorFile(file, name))
-    require_memory(size_of(file), str(folder / name))
+def _tensors(folder: Path, name: str, files: dict[str, BufferedReader]) -> dict[str, Tensor]:
+    """Return the tensors of a file and of those that other ranks wrote beside it."""
+    found = _parsed(name, lambda: Tensors([TensorFile(files[part], part) for part in parts_of(name, files)]))
+    require_memory(sum(size_of(files[part]) for part in parts_of(name, files)), str(folder / name))
     return _parsed(name, found.read_all)
 
 
@@ -237,14 +261,14 @@ def load(run: str | Path, device: str | torch.device = "cpu", step: int | None =
     try:
         expected, identity = expected_parts(folder, folder.name), _identity(read_manifest(folder))
         return Loaded(
-            _load_model(run, folder, expected[MODEL], hparams, tokenizer, identity).to(device), tokenizer, hparams, step
+            _load_model(run, folder, expected, hparams, tokenizer, identity).to(device), tokenizer, hparams, step
         )
     except Damaged as error:
         raise UserError(f"{folder}: {error}. Restore it from a copy.") from None
 
 
 def _load_model(
-    run: Path, folder: Path, expected: Part, hparams: Hparams, tokenizer: Tokenizer, identity: dict[str, str]
+    run: Path, folder: Path, expected: dict[str, Part], hparams: Hparams, tokenizer: Tokenizer, identity: dict[str, str]
 ) -> GPT:
     """Return the model of a checkpoint, to be evaluated. Raises Damaged, and UserError where it isn't the run's."""
     for name, file, now in (
@@ -253,11 +277,12 @@ def _load_model(
     ):
         if identity.get(name) != now:
             raise UserError(f"{run / file} isn't the one that the model was trained with. Restore it from a copy.")
-    with open_verified(folder, MODEL, expected) as saved:
-        tensors = _parsed(MODEL, lambda: TensorFile(saved, str(folder / MODEL)))
-        shapes = {name: place.shape for name, place in tensors.places.items()}
-        refuse_other_shapes(run, shapes, hparams, tokenizer)
-        require_memory(size_of(saved), f"the model of {run}")
+    with ExitStack() as stack:
+        names = parts_of(MODEL, expected)
+        files = {name: stack.enter_context(open_verified(folder, name, expected[name])) for name in names}
+        tensors = _parsed(MODEL, lambda: Tensors([TensorFile(file, str(folder / n)) for n, file in files.items()]))
+        refuse_other_shapes(run, tensors.shapes, hparams, tokenizer)
+        require_memory(sum(map(size_of, files.values())), f"the model of {run}")
         model = GPT(hparams.model, tokenizer.vocab_size)
         with torch.no_grad():
             for name, parameter in model.state_dict().items():

@@ -7,9 +7,10 @@ runs nothing is read, changed or removed. Order is that of steps; times of files
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
@@ -19,12 +20,23 @@ from moelet.errors import UserError
 from moelet.storage.disk import sealed, write_file
 from moelet.storage.intake import LARGEST_JSON, open_inside, parse_json, size_of
 
-FORMAT = 1
+FORMAT, FORMAT_OF_PARTS = 1, 2  # the second: no rank has all of it, and each writes files of its own
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 PARTS, RUN_ID = (MODEL, OPTIMIZER, STATE), "run_id"
 UNSAVED = "unsaved"  # a file that is in a run's folder until its first checkpoint is
 LARGEST = 2**44  # bytes of a file of tensors, which are held against the machine's memory later
 T = TypeVar("T")
+
+
+def of_rank(name: str, rank: int) -> str:
+    """Return what another rank than the leader calls its part of a file."""
+    return name.replace(".", f".rank-{rank}.", 1)
+
+
+def parts_of(name: str, files: Iterable[str]) -> list[str]:
+    """Return those of `files` that are parts of the file `name`."""
+    stem, ending = name.split(".")
+    return [file for file in files if re.fullmatch(rf"{stem}(\.rank-[0-9]{{1,7}})?\.{ending}", file)]
 
 
 class Damaged(ValueError):
@@ -140,11 +152,16 @@ class Part(NamedTuple):
 def expected_parts(folder: Path, name: str) -> dict[str, Part]:
     """Return what the files of a checkpoint must be; its folder is, or will be, called `name`. Raises Damaged."""
     manifest = read_manifest(folder)
-    if manifest.get("format") != FORMAT:
-        raise OtherFormat(f"{MANIFEST} is of format {manifest.get('format')}, this version reads {FORMAT}")
+    if manifest.get("format") not in (FORMAT, FORMAT_OF_PARTS):
+        raise OtherFormat(
+            f"{MANIFEST} is of format {manifest.get('format')}, this version reads {FORMAT} and {FORMAT_OF_PARTS}"
+        )
     try:
         step, files = int(manifest["step"]), manifest["files"]
-        parts = {part: Part(int(files[part]["bytes"]), str(files[part]["sha256"])) for part in PARTS}
+        names = list(PARTS)
+        if manifest["format"] == FORMAT_OF_PARTS:
+            names = list(dict.fromkeys([*PARTS, *parts_of(MODEL, files), *parts_of(OPTIMIZER, files)]))
+        parts = {part: Part(int(files[part]["bytes"]), str(files[part]["sha256"])) for part in names}
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise Damaged(f"{MANIFEST} lacks something ({error!r})") from None
     if name != folder_of(folder, step).name:

@@ -6,6 +6,7 @@ was checked, whatever stands under its name by then. Files are written by the li
 """
 
 import math
+from collections.abc import Sequence
 from io import BufferedReader
 from typing import Any, NamedTuple
 
@@ -43,10 +44,10 @@ class TensorFile:
         file.seek(0)
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, LARGEST_HEADER):
-            raise self._damaged(f"its header would have {length} of {size} bytes, at most {LARGEST_HEADER}")
+            raise self.damaged(f"its header would have {length} of {size} bytes, at most {LARGEST_HEADER}")
         header = parse_json(file.read(length), f"the header of {where}")
         if not isinstance(header, dict):
-            raise self._damaged("its header is no JSON object")
+            raise self.damaged("its header is no JSON object")
         header.pop("__metadata__", None)
         self.places = self._checked(header, 8 + length, size)
 
@@ -60,28 +61,28 @@ class TensorFile:
         at = start
         for begin, end in sorted(spans):
             if begin != at:
-                raise self._damaged(f"its tensors overlap, or leave a gap, at byte {min(begin, at)}")
+                raise self.damaged(f"its tensors overlap, or leave a gap, at byte {min(begin, at)}")
             at = end
         if at != size:
-            raise self._damaged(f"its tensors end at byte {at}, the file at {size}")
+            raise self.damaged(f"its tensors end at byte {at}, the file at {size}")
         return places
 
     def _place(self, name: str, entry: Any, start: int) -> tuple[Place, int]:
         """Return the place that the header says of a tensor, and its end."""
         if len(name) > LONGEST_NAME or not name.isprintable():
-            raise self._damaged(f"it names a tensor {shown(name)}")
+            raise self.damaged(f"it names a tensor {shown(name)}")
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-            raise self._damaged(f"it says of {shown(name)} something else than dtype, shape and data_offsets")
+            raise self.damaged(f"it says of {shown(name)} something else than dtype, shape and data_offsets")
         kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(kind, str) or kind not in FORMATS:
-            raise self._damaged(f"{name} is {shown(kind)}, not one of {', '.join(FORMATS)}")
+            raise self.damaged(f"{name} is {shown(kind)}, not one of {', '.join(FORMATS)}")
         if not _counts(shape) or len(shape) > MOST_DIMENSIONS or not _counts(offsets) or len(offsets) != 2:
-            raise self._damaged(f"{name} has the shape {shown(shape)} at {shown(offsets)}")
+            raise self.damaged(f"{name} has the shape {shown(shape)} at {shown(offsets)}")
         if math.prod(max(1, width) for width in shape) >= 2**48:  # where one is 0, the strides are as large as these
-            raise self._damaged(f"{name} has the shape {shown(shape)}")
+            raise self.damaged(f"{name} has the shape {shown(shape)}")
         begin, end = offsets
         if end - begin != math.prod(shape) * FORMATS[kind].itemsize:
-            raise self._damaged(f"{name} has {end - begin} bytes, not what its shape {shown(shape)} in {kind} takes")
+            raise self.damaged(f"{name} has {end - begin} bytes, not what its shape {shown(shape)} in {kind} takes")
         return Place(kind, tuple(shape), start + begin), start + end
 
     def read(self, name: str) -> Tensor:
@@ -93,15 +94,52 @@ class TensorFile:
         while into:
             count = self._file.readinto(into)
             if not count:
-                raise self._damaged(f"it ends within {name}")
+                raise self.damaged(f"it ends within {name}")
             into = into[count:]
         return tensor
 
     def read_all(self) -> dict[str, Tensor]:
         return {name: self.read(name) for name in self.places}
 
-    def _damaged(self, what: str) -> UserError:
+    def damaged(self, what: str) -> UserError:
+        """Return the error for a file that isn't what it should be."""
         return UserError(f"{self._where} can't be read as safetensors: {what}. {ADVICE}")
+
+
+class Tensors:
+    """The tensors of several files together: whole ones, and those whose rows are divided, as `name@first row`."""
+
+    def __init__(self, files: Sequence[TensorFile]) -> None:
+        """Raise UserError unless the parts of each tensor make one: row after row, each of the same format."""
+        found: dict[str, list[tuple[int, TensorFile, str]]] = {}
+        for file in files:
+            for name in file.places:
+                whole, mark, row = name.partition("@")
+                if mark and not (row.isascii() and row.isdecimal() and len(row) < 16):
+                    raise file.damaged(f"it names a tensor {shown(name)}")
+                found.setdefault(whole, []).append((int(row or 0), file, name))
+        self._parts = {name: sorted(parts, key=lambda part: part[0]) for name, parts in found.items()}
+        self.shapes = {name: self._shape(name, parts) for name, parts in self._parts.items()}
+
+    def _shape(self, name: str, parts: list[tuple[int, TensorFile, str]]) -> tuple[int, ...]:
+        first = parts[0][1].places[parts[0][2]]
+        if len(parts) == 1 and "@" not in parts[0][2]:
+            return first.shape
+        rows = 0
+        for row, file, part in parts:
+            place = file.places[part]
+            if row != rows or "@" not in part or place.format != first.format or place.shape[1:] != first.shape[1:]:
+                raise file.damaged(f"{shown(part)} doesn't go on at row {rows} of {shown(name)}")
+            rows += place.shape[0] if place.shape else 0
+        return (rows, *first.shape[1:])
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor, whole. Raises UserError where a file has become shorter meanwhile."""
+        tensors = [file.read(part) for _, file, part in self._parts[name]]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    def read_all(self) -> dict[str, Tensor]:
+        return {name: self.read(name) for name in self._parts}
 
 
 def _counts(values: Any) -> bool:

@@ -13,7 +13,8 @@ from moelet.data import Batch
 from moelet.hparams import Hparams, read_hparams
 from moelet.sections import ModelSettings
 from moelet.speed.peers import AnyIds, Workload, zipf_batches
-from moelet.step import build, train_step
+from moelet.state import build
+from moelet.step import train_step
 from moelet.study.arms import UNIT, active_width, full_width, twin_changes
 
 ROUNDS = 5

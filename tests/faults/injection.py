@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from moelet import cli, metrics, step, train
-from moelet.step import Training
+from moelet import cli, metrics, state
+from moelet.parallel import orders
+from moelet.state import Training
 
 POISONS = (math.nan, math.inf, -math.inf)
 
@@ -44,11 +45,11 @@ def infect(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Training], None]) -
     """Have `fault` at every run that is built from here on."""
 
     def build(*arguments: Any) -> Training:
-        training = step.build(*arguments)
+        training = state.build(*arguments)
         fault(training)
         return training
 
-    monkeypatch.setattr(train, "build", build)
+    monkeypatch.setattr(orders, "build", build)
 
 
 def moelet(capsys: pytest.CaptureFixture[str], *arguments: object) -> Said:

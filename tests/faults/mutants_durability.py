@@ -40,8 +40,10 @@ MUTANTS = [
     Mutant(
         "a manifest that is written first",
         "moelet/storage/checkpoint.py",
-        "        for name, data in files.items():\n",
-        "        for name, data in reversed(files.items()):\n",
+        "        for name, data in parts.items():\n            write_synced(temporary / name, data)\n",
+        "        files = {name: _part(data) for name, data in parts.items()}\n"
+        "        write_synced(temporary / MANIFEST, sealed(_manifest(checkpoint, files)))\n"
+        "        for name, data in parts.items():\n            write_synced(temporary / name, data)\n",
         "tests/faults/test_power_cut.py::test_the_manifest_is_written_last",
     ),
     Mutant(
@@ -110,16 +112,15 @@ MUTANTS = [
     Mutant(
         "SIGTERM that isn't answered by a checkpoint",
         "moelet/train.py",
-        "            session.save(final=True)\n            raise Interrupted(",
-        "            raise Interrupted(",
+        "            session.save(final=True)\n            training.team.order(",
+        "            training.team.order(",
         SIGNALS,
     ),
     Mutant(
         "a signal that waits for the end of a long step",
         "moelet/step.py",
-        "enumerate(until(training.enough, micro_batches)):\n"
-        "        with _micro_step(training, index):\n            output",
-        "enumerate(micro_batches):\n        with _micro_step(training, index):\n            output",
+        "enumerate(until(training.enough, micro_batches)):\n        reduce_gradients",
+        "enumerate(micro_batches):\n        reduce_gradients",
         SIGNALS,
     ),
     Mutant(

@@ -68,15 +68,15 @@ MUTANTS = [
     Mutant(
         "one gradient that isn't finite and spoils all, so that nobody can tell which it was",
         "moelet/step.py",
-        "clip_grads_with_norm_(parameters, limit, norm.where(norm.isfinite(), 0))",
-        "clip_grads_with_norm_(parameters, limit, norm * 0 + norm)",
+        "    usable = norm.where(norm.isfinite(), 0)",
+        "    usable = norm * 0 + norm",
         of("not_finite", "test_a_number_that_is_not_finite"),
     ),
     Mutant(
         "a scale of fp16 that is never halved",
         "moelet/step.py",
-        "scaler.update(scaler.get_scale() * scaler.get_backoff_factor() if math.isfinite(grad_norm) else None)",
-        "scaler.update(scaler.get_scale())",
+        '{"scale": state["scale"] * state["backoff_factor"], ',
+        "{",
         of("not_finite", "test_a_number_that_is_not_finite"),
     ),
     Mutant(
@@ -116,7 +116,7 @@ MUTANTS = [
     ),
     Mutant(
         "a resume that has forgotten how batches were cut",
-        "moelet/step.py",
+        "moelet/state.py",
         '    "micro_rows": None,\n',
         "",
         of("out_of_memory", "test_out_of_memory_from_some_step_on"),
@@ -145,8 +145,8 @@ MUTANTS = [
     Mutant(
         "dropout of a seed that no setting gives",
         "moelet/step.py",
-        "torch.manual_seed(derived_seed(training.hparams.train.seed, training.step,",
-        "torch.manual_seed(derived_seed(__import__('os').getpid(), training.step,",
+        "place = (training.hparams.train.seed, training.step,",
+        "place = (__import__('os').getpid(), training.step,",
         of("same_numbers", "test_the_same_settings_in_three_processes"),
     ),
 ]

@@ -14,7 +14,7 @@ MUTANTS = [
     ),
     Mutant(
         "a loss scale that starts over",
-        "moelet/step.py",
+        "moelet/state.py",
         "        training.scaler.load_state_dict(saved.state[",
         "        str(saved.state[",
         "tests/faults/test_resumed_exactly.py",
@@ -22,13 +22,13 @@ MUTANTS = [
     Mutant(
         "dropout that doesn't depend on the step",
         "moelet/step.py",
-        "derived_seed(training.hparams.train.seed, training.step, training.skipped_steps, index)",
+        "derived_seed(*place, *([] if training.team.leads else [training.team.rank]))",
         "torch.randint(2**40, ()).item()",
         "tests/faults/test_resumed_exactly.py",
     ),
     Mutant(
         "Adam's moments that start over",
-        "moelet/step.py",
+        "moelet/state.py",
         "        training.optimizer.state[parameters[name]][entry] = value.to(training.device)\n",
         "        training.optimizer.state[parameters[name]][entry] = value.to(training.device) * (entry == 'step')\n",
         "tests/faults/test_resumed_exactly.py",
@@ -42,7 +42,7 @@ MUTANTS = [
     ),
     Mutant(
         "skipped batches that a resume forgets",
-        "moelet/step.py",
+        "moelet/state.py",
         '"plan", "skipped_steps", "skipped_in_a_row"',
         '"plan", "skipped_in_a_row"',
         "tests/faults/test_learning_rate.py",

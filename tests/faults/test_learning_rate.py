@@ -10,7 +10,8 @@ from scorecard import Trials
 
 from moelet import data, step
 from moelet.hparams import make_hparams
-from moelet.step import Training, build, restore, snapshot, train_step
+from moelet.state import Training, build, restore, snapshot
+from moelet.step import train_step
 from moelet.storage.checkpoint import Checkpoint
 from moelet.tokenizer import Tokenizer
 

@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from scorecard import Trials
 
 from moelet import step
-from moelet.data import training_batches
+from moelet.data import START, training_batches
 from moelet.diagnostics import row_origins
 from moelet.finite import SPIKE_WINDOW, is_spike
 from moelet.hparams import make_hparams
 from moelet.precision import cpu_has_bf16
-from moelet.step import Training, build, train_step
+from moelet.state import Training, build
+from moelet.step import train_step
 from moelet.storage.manifest import checkpoint_steps
 from moelet.tokenizer import Tokenizer
 
@@ -163,7 +164,7 @@ def test_documents_of_a_batch(
         data = {"packing": packing, "shuffle_window": window, "piece_chars": trials.random.choice([64, 300, 8192])}
         hparams = make_hparams(tiny_settings(data=data, train={"seed": index}))
         with trials.one(json.dumps(data)):
-            stream = training_batches(hparams.data, tokenizer, 32, [5], hparams.train.seed, dict(step.START))
+            stream = training_batches(hparams.data, tokenizer, 32, [5], hparams.train.seed, dict(START))
             batches = [next(stream) for _ in range(trials.random.randrange(2, 30))]
             origins = row_origins(hparams, tokenizer, batches[-2][1], 5)
             for ids, origin in zip(batches[-1][0].input_ids.tolist(), origins, strict=True):
@@ -335,7 +336,7 @@ def expected_digest(settings: dict[str, Any], at: int, back_to: int, folder: Pat
     hparams = make_hparams(settings)
     tokenizer = Tokenizer.load(settings["tokenizer"]["file"])
     training = build(hparams, tokenizer)
-    stream = training_batches(hparams.data, tokenizer, 32, hparams.micro_batches, 0, dict(step.START))
+    stream = training_batches(hparams.data, tokenizer, 32, hparams.micro_batches, 0, dict(START))
     for batch, (micro, _) in enumerate(itertools.islice(stream, 8 + at - back_to + 1)):
         if batch < back_to or batch > at:
             train_step(training, [micro])

@@ -59,7 +59,7 @@ def test_a_checkpoint_of_a_newer_version(
     saved = checkpoint.read(old, CUT)
     with monkeypatch.context() as patch:
         for module in (checkpoint, manifest):
-            patch.setattr(module, "FORMAT", 2)
+            patch.setattr(module, "FORMAT", 3)
         checkpoint.save(old, saved._replace(step=CUT + 1))
     before = {path: path.stat().st_mtime_ns for path in old.rglob("*") if path.name != ".lock"}
     for what, work in (
@@ -68,7 +68,7 @@ def test_a_checkpoint_of_a_newer_version(
     ):
         with trials.one(what):
             with pytest.raises(
-                UserError, match=f"step {CUT + 1} .*format 2, this version reads 1.*Nothing was changed"
+                UserError, match=f"step {CUT + 1} .*format 3, this version reads 1 and 2.*Nothing was changed"
             ):
                 work()
             assert {path: path.stat().st_mtime_ns for path in before} == before

@@ -19,7 +19,8 @@ from moelet import session
 from moelet.data import Batch
 from moelet.hparams import make_hparams
 from moelet.shortage import within_memory
-from moelet.step import Training, build, forget_step
+from moelet.state import Training, build
+from moelet.step import forget_step
 from moelet.tokenizer import Tokenizer
 
 STEPS, WHOLE, ROWS = 8, 12, 8

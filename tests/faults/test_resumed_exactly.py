@@ -40,7 +40,7 @@ def test_a_run_cut_and_resumed_three_times_in_a_row(
     and accumulation."""
     tokenizer.save(tmp_path / "given.model")
     monkeypatch.setattr(  # one that overflows now and then, and grows again
-        "moelet.step.make_scaler",
+        "moelet.state.make_scaler",
         lambda dtype, device: (
             torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_factor=2.0**8, growth_interval=2)
             if dtype == torch.float16

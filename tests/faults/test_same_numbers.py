@@ -19,7 +19,8 @@ from moelet.data import Batch, collate
 from moelet.hparams import make_hparams
 from moelet.moe import MoE
 from moelet.sections import ModelSettings
-from moelet.step import build, train_step
+from moelet.state import build
+from moelet.step import train_step
 from moelet.tokenizer import Tokenizer
 
 PACKAGE = Path(__file__).parents[2] / "moelet"

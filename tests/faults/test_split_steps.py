@@ -14,7 +14,8 @@ from moelet.data import Batch, Validation, collate
 from moelet.evaluate import evaluate
 from moelet.loss import BALANCE, IGNORE
 from moelet.metrics import expert_load
-from moelet.step import Training, train_step
+from moelet.state import Training
+from moelet.step import train_step
 from moelet.tokenizer import Tokenizer
 
 SPLITS = ([8], [4, 4], [1] * 8, [5, 3], [3, 3, 2], [7, 1], [2, 6])

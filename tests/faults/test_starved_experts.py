@@ -13,7 +13,7 @@ from processes import rows
 from scorecard import Trials
 
 from moelet import health
-from moelet.step import Training
+from moelet.state import Training
 from moelet.tokenizer import Tokenizer
 
 KINDS = ("a bias of +50", "one of -1e9", "a router of zeros", "a learning rate 100 times as high")

@@ -19,7 +19,8 @@ from moelet import train
 from moelet.console import Progress
 from moelet.data import collate
 from moelet.hparams import make_hparams
-from moelet.step import Training, build, restore, snapshot, train_step
+from moelet.state import Training, build, restore, snapshot
+from moelet.step import train_step
 from moelet.storage.checkpoint import Checkpoint, load
 from moelet.tokenizer import Tokenizer
 from moelet.upcycle import upcycle

@@ -30,6 +30,7 @@ from moelet.errors import UserError
 from moelet.export.importing import import_hf
 from moelet.hparams import read_hparams, read_hparams_inside
 from moelet.identity import identity
+from moelet.parallel.ranks import ALONE
 from moelet.sections import DataSettings
 from moelet.storage import checkpoint
 from moelet.storage.disk import sealed
@@ -100,7 +101,7 @@ def use_run(run: Path, chance: random.Random) -> None:
         spent_on(run)
         hparams = pinned(read_hparams_inside(run, checkpoint.HPARAMS))
         check(hparams)
-        training = _restored(hparams, run, QUIET, False)
+        training = _restored(hparams, run, QUIET, False, ALONE)
         refuse_canary(training.model.state_dict())
         settings, length = hparams.data, hparams.model.max_length
         next(training_rows(settings, training.tokenizer, length, hparams.train.seed, training.cursor))

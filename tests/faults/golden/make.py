@@ -1,9 +1,11 @@
 """Makes the golden run of a checkpoint format: once, at the commit that brings the format, never again.
 
     PYTHONPATH=. python tests/faults/golden/make.py tests/faults/golden/format-1
+    PYTHONPATH=. torchrun --nproc-per-node 2 tests/faults/golden/make.py tests/faults/golden/format-2
 
-The run is cut at step CUT of STEPS; the lines of metrics.jsonl that it would go on with are in `expected.jsonl`. Its
-text is made by `write_text`, not kept.
+The second is that of several ranks, which divide the experts; it was then said to be one rank's. The run is cut at
+step CUT of STEPS; the lines of metrics.jsonl that it would go on with are in `expected.jsonl`. Its text is made by
+`write_text`, not kept.
 """
 
 import json
@@ -40,12 +42,20 @@ def write_text(folder: Path) -> Path:
 def main(target: Path) -> None:
     from moelet import train
     from moelet.console import Progress
+    from moelet.follow import take_part
     from moelet.hparams import make_hparams
+    from moelet.parallel.ranks import join
 
+    team = join()
+    if not team.leads:
+        take_part(team)
+        return
     with tempfile.TemporaryDirectory() as name:
         run = Path(name) / "run"
         settings = {**SETTINGS, "data": {**SETTINGS["data"], "files": [str(write_text(Path(name)))]}}
-        train.start(make_hparams(settings), run, Progress())
+        if not team.alone:  # other ranks draw other dropout
+            settings |= {"model": {**SETTINGS["model"], "dropout": 0.0}, "parallel": {"expert": team.size}}
+        train.start(make_hparams(settings), run, Progress(), team=team)
         target.mkdir(parents=True)
         for kept in ("hparams.json", "tokenizer.model", f"checkpoints/step-{CUT:08}"):
             (target / kept).parent.mkdir(exist_ok=True)
@@ -53,6 +63,7 @@ def main(target: Path) -> None:
         lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     hparams = json.loads((target / "hparams.json").read_text())
     hparams["data"]["files"] = ["text.txt"]
+    hparams["parallel"]["expert"] = 1
     (target / "hparams.json").write_text(json.dumps(hparams, indent=2) + "\n")
     (target / "metrics.jsonl").write_text("".join(lines[:CUT]))
     (target / "expected.jsonl").write_text("".join(lines[CUT:]))

@@ -1,0 +1,92 @@
+"""The ranks of a run that don't lead: they do what the leader orders, until it says that this is the end."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from moelet.data import Validation
+from moelet.errors import Interrupted, UserError
+from moelet.evaluate import evaluate
+from moelet.finite import BadStep
+from moelet.hparams import make_hparams
+from moelet.parallel.orders import BUILD, END, EVALUATE, HOLD_OUT, RESTORE, SAVE, STEP, advice
+from moelet.parallel.ranks import Lost, Team, leave
+from moelet.parallel.rows import deal
+from moelet.parallel.watch import Watch
+from moelet.state import Training, build, restore, write_parts
+from moelet.step import train_step
+from moelet.stopping import Asked, stop_signals
+from moelet.storage.checkpoint import read
+from moelet.tokenizer import Tokenizer
+
+
+def take_part(team: Team) -> None:
+    """Be one of a run's ranks that don't lead, to its end.
+
+    Raises Interrupted where the run was; TemporaryError where a rank is lost, the leader included.
+    """
+    ended_by = follow(team)
+    leave(team)
+    if ended_by is not None:
+        raise Interrupted(ended_by, f"rank {team.rank} ended with the run.")
+
+
+def follow(team: Team) -> int | None:
+    """Do what the leader orders; return the signal that ended the run, None where it ended by itself.
+
+    Raises TemporaryError where a rank is lost, the leader included.
+    """
+    with stop_signals() as asked:
+        try:
+            order = team.ordered()
+        except Lost as error:
+            raise Lost(f"{error}: rank 0 ended before training began, and has said why") from error
+        assert order["do"] == BUILD
+        training = build(make_hparams(order["hparams"]), Tokenizer(bytes.fromhex(order["tokenizer"])), team)
+        with Watch(team, advice(order["run"])):
+            return _Follower(training, asked).follow()
+
+
+class _Follower:
+    def __init__(self, training: Training, asked: Asked) -> None:
+        self.training, self.asked = training, asked
+        self.validation = Validation([], 0, 0, 0.0)
+
+    def follow(self) -> int | None:
+        work: dict[str, Callable[..., None]] = {
+            RESTORE: self.restore,
+            HOLD_OUT: self.hold_out,
+            STEP: self.step,
+            EVALUATE: self.evaluate,
+            SAVE: self.save,
+        }
+        while True:
+            order = self.training.team.ordered()
+            if (what := order.pop("do")) == END:
+                signal: int | None = order["signal"]
+                return signal
+            work[what](**order)
+
+    def restore(self, run: str, step: int) -> None:
+        restore(self.training, read(Path(run), step))
+
+    def hold_out(self, rows: list[int], n_tokens: int, n_bytes: int) -> None:
+        batches = deal(self.training.team, None, rows, self.training.hparams.model.max_length)
+        self.validation = Validation(batches, n_tokens, n_bytes, 0.0)
+
+    def step(self, rows: list[int], plan: list[list[int]]) -> None:
+        training = self.training
+        training.plan = plan
+        batches = deal(training.team, None, rows, training.hparams.model.max_length)
+        training.team.highest(self.asked.stop or 0, int(self.asked.save))
+        self.asked.save = False
+        with suppress(BadStep):  # the leader says what follows
+            train_step(training, batches)
+
+    def evaluate(self) -> None:
+        training = self.training
+        evaluate(training.model, self.validation, training.dtype, layout=training.layout)
+
+    def save(self, folder: str) -> None:
+        with suppress(OSError, UserError):  # the leader has been told
+            write_parts(self.training, Path(folder))

@@ -1,0 +1,1 @@
+"""One run on many ranks: who is there, what they add up, which part of the model lies where."""

@@ -1,0 +1,100 @@
+"""Ranks that die or hang: noticed by the others, named, and the end of the run.
+
+A rank that waits for another waits in a collective, which can't be told apart from a leader that waits for a hub. So
+each rank has a thread that shows it is alive, in the store where the ranks met, and looks at the next rank. Who sees
+that one silent for too long says so to all, and all end: with what happened, and how to go on.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+import torch.distributed as dist
+
+from moelet.errors import Interrupted, TemporaryError
+from moelet.parallel.ranks import Team, is_lost
+
+LOOK_SECONDS = 1.0  # between two signs of life, and two looks
+SILENT_SECONDS = 15.0  # without one, a rank is lost: after that all have half of torchrun's 30 s left to end in
+STORE_SECONDS = 10.0  # without an answer of the store: then the rank that has it is lost
+
+
+class Watch:
+    """Shows that this rank is alive and watches the next one, while it lasts. Alone it does nothing."""
+
+    def __init__(self, team: Team, advice: str, end: Callable[[int], None] = os._exit) -> None:
+        """`advice` is how to go on; `end` ends the process where its work hangs, with an exit code."""
+        self.team, self.advice, self._end = team, advice, end
+        self._ended = threading.Event()
+        self._found = threading.Event()
+        self._words = ""
+        self._thread = threading.Thread(target=self._watch, name="moelet-watch", daemon=True)
+
+    def __enter__(self) -> Self:
+        if not self.team.alone:
+            again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS))
+            self._store = dist.PrefixStore(f"moelet-watch-{again}", store)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """End the watch. Of an error in this rank the others are told; one that is theirs gets its reason."""
+        if self.team.alone:
+            return
+        if is_lost(error):
+            self._found.wait(SILENT_SECONDS + 3 * LOOK_SECONDS)
+            self._ended.set()
+            raise TemporaryError(f"{self._words or error} {self.advice}") from None
+        self._ended.set()
+        with suppress(Exception):
+            if error is not None and not isinstance(error, Interrupted):
+                first = (str(error).splitlines() or [""])[0]
+                self._store.set("lost", f"rank {self.team.rank} ended with {type(error).__name__}: {first[:300]}.")
+                if self.team.leads:  # the store may be in this process: time for the others to read that
+                    time.sleep(2 * LOOK_SECONDS)
+            else:
+                self._store.set(f"beat/{self.team.rank}", "done")
+
+    def _watch(self) -> None:
+        beats, seen, silent, looked = 0, "", 0.0, time.monotonic()
+        other = (self.team.rank + 1) % self.team.size
+        while not self._ended.wait(LOOK_SECONDS):
+            now = time.monotonic()
+            passed, looked = min(now - looked, 2 * LOOK_SECONDS), now  # a longer one: this process was stopped itself
+            beats += 1
+            try:
+                self._store.set(f"beat/{self.team.rank}", str(beats))
+                if self._store.check(["lost"]):
+                    self._lose(self._store.get("lost").decode())
+                    return
+                beat = self._store.get(f"beat/{other}").decode() if self._store.check([f"beat/{other}"]) else ""
+            except Exception as error:
+                if not self._ended.is_set():
+                    host = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+                    self._lose(f"{host} is gone, where the ranks met ({str(error).splitlines()[0]}).")
+                return
+            silent = 0.0 if beat != seen or beat == "done" else silent + passed
+            seen = beat
+            if silent >= SILENT_SECONDS:
+                words = f"rank {other} hasn't shown any sign of life for {silent:.0f} s."
+                with suppress(Exception):
+                    self._store.set("lost", words)
+                self._lose(words)
+                return
+
+    def _lose(self, words: str) -> None:
+        """End the process, where its own work doesn't notice by itself that a rank is gone."""
+        self._words = words
+        self._found.set()
+        if not self._ended.wait(2 * LOOK_SECONDS):
+            sys.stderr.write(f"\n{words} {self.advice}\n")
+            sys.stderr.flush()
+            self._end(TemporaryError.exit_code)
