@@ -22,7 +22,8 @@ BUILD, RESTORE, HOLD_OUT, STEP, EVALUATE, SAVE, END = (
 
 def advice(run: str | Path) -> str:
     """Return what to do where a rank is lost."""
-    return f"Start all ranks again, with train --resume {shlex.quote(str(run))}: the run goes on from its newest checkpoint."
+    again = f"train --resume {shlex.quote(str(run))}"
+    return f"Start all ranks again, with {again}: the run goes on from its newest checkpoint."
 
 
 def build_everywhere(hparams: Hparams, tokenizer: Tokenizer, team: Team, run: Path) -> Training:
