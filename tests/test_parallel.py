@@ -17,6 +17,7 @@ from processes import assert_same_run, last_step
 from moelet.errors import UserError
 from moelet.hparams import make_hparams
 from moelet.metrics import read_rows
+from moelet.parallel import watch
 from moelet.parallel.layout import Layout, Sizes, sizes_for
 from moelet.parallel.ranks import Team
 from moelet.parallel.rows import shares
@@ -58,6 +59,28 @@ def test_every_rank_has_as_many_rows() -> None:
     hparams = make_hparams({"train": {"train_steps": 1, "batch_size": 5, "global_batch_size": 7}})
     batches = [type("B", (), {"labels": torch.zeros(n, 4)})() for n in hparams.micro_batches]
     assert shares(batches, 2) == [3, 1]
+
+
+def test_a_rank_is_lost_when_it_was_alive_and_no_longer_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before its first sign of life: a leader may take its time until training begins. Nor after its end."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(watch, "meeting_place", lambda: store)
+    monkeypatch.setattr(watch, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(watch, "SILENT_SECONDS", 0.1)
+    place = torch.distributed.PrefixStore("moelet-watch-0", store)
+    ended: list[int] = []
+
+    def after(seconds: float) -> list[int]:
+        time.sleep(seconds)
+        return ended
+
+    with watch.Watch(Team(0, 2), "Go on.", ended.append):
+        assert after(0.5) == []
+        place.set("beat/1", "done")
+        assert after(0.5) == []
+        place.set("beat/1", "7")
+        assert after(1.0) == [75]
+    assert place.get("lost").startswith(b"rank 1 hasn't shown any sign of life")
 
 
 def torchrun(*arguments: object) -> list[str]:

@@ -32,7 +32,6 @@ class Team:
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
-        self.followed = 0  # orders given, or followed
 
     @property
     def leads(self) -> bool:
@@ -47,12 +46,10 @@ class Team:
         assert self.leads
         if not self.alone:
             self.share(json.dumps({"do": what, **details}).encode())
-            self.followed += 1
 
     def ordered(self) -> dict[str, Any]:
         """Return what the leader has ordered next."""
         order: dict[str, Any] = json.loads(self.share(None))
-        self.followed += 1
         return order
 
     def share(self, data: bytes | None) -> bytes:

@@ -25,6 +25,12 @@ SILENT_SECONDS = 15.0  # without one, a rank is lost: after that all have half o
 STORE_SECONDS = 10.0  # without an answer of the store: then the rank that has it is lost
 
 
+def meeting_place() -> dist.Store:
+    """Return the store where the ranks met, by a connection of its own: the other one may be waiting for somebody."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS))
+
+
 class Watch:
     """Shows that this rank is alive and watches the next one, while it lasts. Alone it does nothing."""
 
@@ -39,9 +45,7 @@ class Watch:
     def __enter__(self) -> Self:
         if not self.team.alone:
             again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS))
-            self._store = dist.PrefixStore(f"moelet-watch-{again}", store)
+            self._store = dist.PrefixStore(f"moelet-watch-{again}", meeting_place())
             self._thread.start()
         return self
 
@@ -81,7 +85,11 @@ class Watch:
                     host = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
                     self._lose(f"{host} is gone, where the ranks met ({str(error).splitlines()[0]}).")
                 return
-            silent = 0.0 if beat != seen or beat == "done" else silent + passed
+            began_and_goes_on = beat not in (
+                "",
+                "done",
+            )  # a leader may still read held-out text, and one may have ended
+            silent = silent + passed if began_and_goes_on and beat == seen else 0.0
             seen = beat
             if silent >= SILENT_SECONDS:
                 words = f"rank {other} hasn't shown any sign of life for {silent:.0f} s."
