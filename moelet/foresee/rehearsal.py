@@ -99,17 +99,17 @@ def _rehearse(settings: dict[str, Any], vocab_size: int, seconds: float) -> Rehe
     sizes = [hparams.batch_size] if whole > WHOLE else hparams.micro_batches
     with _batches(hparams, tokenizer, sizes) as batches:
         _step(training, batches, counts[-1])  # it allocates, and builds kernels
-        with Tally(_held(training)) as tally:
-            _step(training, batches, counts[-1])
         began, made = time.perf_counter(), list[list[tuple[float, int]]]()
         while time.perf_counter() - began < seconds or len(made) < LEAST_STEPS:
             made.append([_step(training, batches, count) for count in counts])
         took = time.perf_counter() - began
         serialised(snapshot(training, {}))  # a checkpoint, and one more step, with what that leaves of the heap
         _report(training, train_step(training, list(itertools.islice(batches, counts[-1]))))
+        peak = peak_memory_mb(device)
+        with Tally(_held(training)) as tally:  # last: what counts a step's tensors leaves gaps in the heap
+            _step(training, batches, counts[-1])
     rates = sorted(_rate(steps, counts, whole) for steps in made)
     edge = len(rates) // 10
-    peak = peak_memory_mb(device)
     parts = _parts(training, tally, peak, marks if device.type == "cpu" else [0.0, 0.0, 0.0])
     size, median = hparams.batch_size, statistics.median(rates)
     n_steps = len(made) * len(counts)
