@@ -86,26 +86,28 @@ def train(
     from moelet.allocator import keep_freed_memory
     from moelet.budget import parse_duration
     from moelet.console import Progress
-    from moelet.follow import take_part
+    from moelet.follow import follow
     from moelet.hparams import read_hparams
-    from moelet.parallel.ranks import join
+    from moelet.parallel.orders import refusing
+    from moelet.parallel.ranks import join, leave
 
     seconds = None if time_budget is None else parse_duration(time_budget)
     keep_freed_memory()
     progress, began = Progress(), time.monotonic()
     team = join()
     if not team.leads:
-        take_part(team)
-        return
+        raise typer.Exit(follow(team))
     changes = [*(changes or []), *([] if track is None else [f"train.track={track}"])]
-    if resume is not None and (file is None or training.is_run(resume)):
-        given = (changes, progress, began, file, seconds, accept_changes, team)
-        _train_and_report(resume, progress, lambda: training.resume(resume, *given))
-        return
-    path = file or Path("hparams.json")
-    hparams = read_hparams(path, changes + ([] if seconds is None else [f"train.time_budget={seconds}"]))
-    folder = resume or run or Path(hparams.train.run or f"runs/{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
-    _train_and_report(folder, progress, lambda: training.start(hparams, folder, progress, began, team))
+    with refusing(team):
+        if resume is not None and (file is None or training.is_run(resume)):
+            given = (changes, progress, began, file, seconds, accept_changes, team)
+            _train_and_report(resume, progress, lambda: training.resume(resume, *given))
+        else:
+            path = file or Path("hparams.json")
+            hparams = read_hparams(path, changes + ([] if seconds is None else [f"train.time_budget={seconds}"]))
+            folder = resume or run or Path(hparams.train.run or f"runs/{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+            _train_and_report(folder, progress, lambda: training.start(hparams, folder, progress, began, team))
+    leave(team)
 
 
 def _train_and_report(run: Path, progress: Any, work: Any) -> None:

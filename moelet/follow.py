@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from moelet.data import Validation
-from moelet.errors import Interrupted, UserError
+from moelet.errors import UserError
 from moelet.evaluate import evaluate
 from moelet.finite import BadStep
 from moelet.hparams import make_hparams
@@ -20,27 +20,24 @@ from moelet.storage.checkpoint import read
 from moelet.tokenizer import Tokenizer
 
 
-def take_part(team: Team) -> None:
-    """Be one of a run's ranks that don't lead, to its end.
-
-    Raises Interrupted where the run was; TemporaryError where a rank is lost, the leader included.
-    """
-    ended_by = follow(team)
-    leave(team)
-    if ended_by is not None:
-        raise Interrupted(ended_by, f"rank {team.rank} ended with the run.")
-
-
-def follow(team: Team) -> int | None:
-    """Do what the leader orders; return the signal that ended the run, None where it ended by itself.
+def follow(team: Team) -> int:
+    """Do what the leader orders until the run's end; return the exit code, which is the leader's.
 
     Raises TemporaryError where a rank is lost, the leader included.
     """
-    with stop_signals() as asked:
+    code = _follow(team)
+    leave(team)
+    return code
+
+
+def _follow(team: Team) -> int:
+    with stop_signals(aloud=False) as asked:
         try:
             order = team.ordered()
         except Lost as error:
             raise Lost(f"{error}: rank 0 ended before training began, and has said why") from error
+        if order["do"] == END:
+            return int(order["code"])
         assert order["do"] == BUILD
         training = build(make_hparams(order["hparams"]), Tokenizer(bytes.fromhex(order["tokenizer"])), team)
         with Watch(team, advice(order["run"])):
@@ -52,7 +49,7 @@ class _Follower:
         self.training, self.asked = training, asked
         self.validation = Validation([], 0, 0, 0.0)
 
-    def follow(self) -> int | None:
+    def follow(self) -> int:
         work: dict[str, Callable[..., None]] = {
             RESTORE: self.restore,
             HOLD_OUT: self.hold_out,
@@ -63,8 +60,7 @@ class _Follower:
         while True:
             order = self.training.team.ordered()
             if (what := order.pop("do")) == END:
-                signal: int | None = order["signal"]
-                return signal
+                return int(order["code"])
             work[what](**order)
 
     def restore(self, run: str, step: int) -> None:

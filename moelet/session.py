@@ -3,7 +3,6 @@
 What a run is, and how one begins or goes on, is `moelet.train`'s.
 """
 
-import shlex
 import time
 from collections import Counter
 from contextlib import suppress
@@ -21,7 +20,7 @@ from moelet.generate import Sampling, stream_text
 from moelet.health import alarm_lines
 from moelet.memory import is_shortage
 from moelet.metrics import METRICS_FILE, append_metrics, cut_metrics, metrics_lines, peak_memory_mb, sync_metrics
-from moelet.parallel.orders import EVALUATE, hand_out, hold_out, model_to_sample, order_restore
+from moelet.parallel.orders import EVALUATE, again, hand_out, hold_out, model_to_sample, order_restore
 from moelet.shortage import OutOfMemory, free, within_memory
 from moelet.state import Training, restore, snapshot
 from moelet.step import StepReport, forget_step, metrics_row, train_step
@@ -65,7 +64,7 @@ class Session:
         self.part = hold_out(training, validation)
         self.items: list[tuple[Batch, Cursor]] = []  # taken for the step to come
         self.unwritten: list[dict[str, Any]] = []  # lines of metrics.jsonl that the disk didn't take
-        self.again = f"python -m moelet train --resume {shlex.quote(str(run))}"
+        self.again = again(run, training.team)
         self.logged = (training.tokens, training.seconds)  # at the last line of metrics.jsonl
         self.waited = 0.0  # seconds for data, since then
         self.saved_at = training.step if checkpoint_steps(run) else None

@@ -34,12 +34,16 @@ class Asked:
 
 
 @contextmanager
-def stop_signals() -> Iterator[Asked]:
+def stop_signals(aloud: bool = True) -> Iterator[Asked]:
     """Note what signals ask for, for the loop to see. The third that asks to stop ends the process at once.
 
-    SIGHUP stays ignored where it is, as nohup has it.
+    SIGHUP stays ignored where it is, as nohup has it. Not `aloud`: another process of the run says it.
     """
     asked = Asked()
+
+    def tell(line: str) -> None:
+        if aloud:
+            _tell(line)
 
     def note_stop(number: int, frame: FrameType | None) -> None:
         if len(asked.signals) >= PATIENT:
@@ -47,11 +51,11 @@ def stop_signals() -> Iterator[Asked]:
             signal.raise_signal(number)
         asked.signals.append(number)
         left = PATIENT + 1 - len(asked.signals)
-        _tell(f"stopping, saving first; {'once' if left == 1 else 'twice'} more to stop at once, unsaved")
+        tell(f"stopping, saving first; {'once' if left == 1 else 'twice'} more to stop at once, unsaved")
 
     def note_save(number: int, frame: FrameType | None) -> None:
         asked.save = True
-        _tell("saving after this step, then going on")
+        tell("saving after this step, then going on")
 
     handlers = {number: note_stop for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN}
     handlers |= {signal.SIGINT: note_stop, signal.SIGUSR1: note_save}

@@ -335,12 +335,12 @@ def train(training: Training, run: Path, progress: Progress, clock: Clock, held:
                     break
         if asked.stop is not None and not ended(training):
             session.save(final=True)
-            training.team.order(END, signal=asked.stop)
-            raise Interrupted(
-                asked.stop,
-                f"interrupted and saved at step {training.step}. Go on with: {session.again}",
+            interrupted = Interrupted(
+                asked.stop, f"interrupted and saved at step {training.step}. Go on with: {session.again}"
             )
-        training.team.order(END, signal=None)
+            training.team.order(END, code=interrupted.exit_code)
+            raise interrupted
+        training.team.order(END, code=0)
 
 
 def ended(training: Training) -> bool:

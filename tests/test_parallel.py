@@ -7,24 +7,33 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TinySettings
+from crew import Crew
 from processes import assert_same_run, last_step
 
 from moelet.errors import UserError
 from moelet.hparams import make_hparams
 from moelet.metrics import read_rows
-from moelet.parallel import watch
+from moelet.parallel import ranks, watch
 from moelet.parallel.layout import Layout, Sizes, sizes_for
-from moelet.parallel.ranks import Team
+from moelet.parallel.ranks import Lost, Team
 from moelet.parallel.rows import shares
 from moelet.sections import ModelSettings, ParallelSettings
 from moelet.storage.checkpoint import load
+from moelet.storage.manifest import newest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
+    with Crew(tmp_path_factory.mktemp("crew") / "said") as crew:
+        yield crew
 
 
 def test_sizes_that_do_not_fit_name_those_that_do() -> None:
@@ -67,7 +76,7 @@ def test_a_rank_is_lost_when_it_was_alive_and_no_longer_is(monkeypatch: pytest.M
     monkeypatch.setattr(watch, "meeting_place", lambda: store)
     monkeypatch.setattr(watch, "LOOK_SECONDS", 0.01)
     monkeypatch.setattr(watch, "SILENT_SECONDS", 0.1)
-    place = torch.distributed.PrefixStore("moelet-watch-0", store)
+    place = store
     ended: list[int] = []
 
     def after(seconds: float) -> list[int]:
@@ -131,3 +140,38 @@ def rank_of(parent: int, rank: int) -> int:
             if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
                 return int(child)
     raise AssertionError("there is no such rank")
+
+
+@pytest.mark.parametrize("fault", [["--set", "train.train_stps=5"], ["--set", "parallel.shard=3"]])
+def test_what_is_refused_is_refused_once(
+    fault: list[str], crew: Crew, tiny_settings: TinySettings, tmp_path: Path
+) -> None:
+    """The leader says why; the others end with the same exit code, and without a word."""
+    (tmp_path / "s.json").write_text(json.dumps(tiny_settings()))
+    crew.start(3, "train", tmp_path / "s.json", "--run", tmp_path / "run", *fault)
+    assert crew.wait() == [78, 78, 78], crew.said()
+    first, *others = crew.texts()
+    assert "moelet: " in first and others == ["", ""]
+
+
+def test_a_rank_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(ranks, "JOIN_SECONDS", 0.2)
+    store.set("here/2", "1")
+    with pytest.raises(Lost, match="of 3 ranks 1 didn't come"):
+        ranks._await_all(store, 0, 3)
+
+
+def test_a_signal_ends_all_ranks_alike(crew: Crew, tiny_settings: TinySettings, tmp_path: Path) -> None:
+    """One of them gets it; all save and end as the leader does, and the leader says how to go on."""
+    (tmp_path / "s.json").write_text(json.dumps(tiny_settings(train={"train_steps": 5000})))
+    run = tmp_path / "run"
+    pids = crew.start(2, "train", tmp_path / "s.json", "--run", run)
+    limit = time.monotonic() + 60
+    while last_step(run) < 3 and time.monotonic() < limit:
+        time.sleep(0.01)
+    os.kill(pids[1], signal.SIGTERM)
+    assert crew.wait() == [143, 143], crew.said()
+    first, other = crew.texts()
+    assert f"torchrun --nproc-per-node 2 -m moelet train --resume {run}" in first and other == ""
+    assert newest(run)[0] is not None

@@ -5,9 +5,12 @@ Each order is one message, and whatever both sides then do together, in the same
 
 import math
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from moelet.data import Batch, Validation
+from moelet.errors import TemporaryError, UserError
 from moelet.hparams import Hparams
 from moelet.modelling import GPT, shapes_of
 from moelet.parallel.ranks import Team, local
@@ -20,10 +23,28 @@ BUILD, RESTORE, HOLD_OUT, STEP, EVALUATE, SAVE, END = (
 )  # fmt: skip
 
 
+@contextmanager
+def refusing(team: Team) -> Iterator[None]:
+    """Where what the leader was asked for is refused before the others have anything to do, have them end as it does,
+    without a word of their own."""
+    try:
+        yield
+    except (UserError, TemporaryError) as error:
+        if not team.told:
+            team.order(END, code=error.exit_code)
+        raise
+
+
+def again(run: Path, team: Team) -> str:
+    """Return the command that goes on with a run, by as many ranks."""
+    start = "python" if team.alone else f"torchrun --nproc-per-node {team.size}"
+    return f"{start} -m moelet train --resume {shlex.quote(str(run))}"
+
+
 def advice(run: str | Path) -> str:
     """Return what to do where a rank is lost."""
-    again = f"train --resume {shlex.quote(str(run))}"
-    return f"Start all ranks again, with {again}: the run goes on from its newest checkpoint."
+    command = f"train --resume {shlex.quote(str(run))}"
+    return f"Start all ranks again, with {command}: the run goes on from its newest checkpoint."
 
 
 def build_everywhere(hparams: Hparams, tokenizer: Tokenizer, team: Team, run: Path) -> Training:

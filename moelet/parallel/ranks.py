@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -17,9 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moelet.errors import TemporaryError, UserError
-from moelet.parallel.started import started_ranks
+from moelet.parallel.started import started_rank, started_ranks
 
+JOIN_SECONDS = 300.0  # for all ranks to come to where they meet: some load torch from a slow disk
+STORE_SECONDS = 10.0  # for an answer of the store where they met: then its process is gone
 PATIENCE = timedelta(days=7)  # of collectives: a leader may wait for a hub or a disk. `parallel.watch` finds the dead
+POLL_SECONDS = 0.05
 BUFFER = 4096  # bytes of a message that goes in one piece
 
 
@@ -32,6 +36,7 @@ class Team:
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
+        self.told = False  # whether the leader has ordered anything yet
 
     @property
     def leads(self) -> bool:
@@ -46,6 +51,7 @@ class Team:
         assert self.leads
         if not self.alone:
             self.share(json.dumps({"do": what, **details}).encode())
+            self.told = True
 
     def ordered(self) -> dict[str, Any]:
         """Return what the leader has ordered next."""
@@ -138,7 +144,7 @@ def join() -> Team:
     """Return the ranks that this process was started with, once all of them are here.
 
     Where to meet is in the environment, as torchrun sets it. Each rank takes its card, or its share of the cores.
-    Raises UserError where there are fewer cards than ranks.
+    Raises UserError where there are fewer cards than ranks, Lost where some don't come.
     """
     if started_ranks() == 1:
         return ALONE
@@ -153,9 +159,36 @@ def join() -> Team:
     else:  # torchrun says one thread a rank, whatever the machine has
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // of))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    rank, size = started_rank(), started_ranks()
     with answering():
-        dist.init_process_group(backend, timeout=PATIENCE)
-    return Team(dist.get_rank(), dist.get_world_size())
+        store = meeting_place(hosts=rank == 0)
+        _await_all(store, rank, size)  # with a limit; from here on there is none
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    return Team(rank, size)
+
+
+def meeting_place(hosts: bool = False) -> dist.Store:
+    """Return the store where the ranks of this start, or start after a failure, meet, by a connection of its own.
+
+    Under torchrun that is torchrun's; else the first rank `hosts` it.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    hosts = hosts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    seconds = timedelta(seconds=JOIN_SECONDS if hosts else STORE_SECONDS)
+    store = dist.TCPStore(address, port, is_master=hosts, timeout=seconds, wait_for_workers=False)
+    return dist.PrefixStore(f"moelet-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _await_all(store: dist.Store, rank: int, size: int) -> None:
+    """Wait until all ranks are here. Raises Lost, naming those who aren't."""
+    store.set(f"here/{rank}", "1")
+    places = [f"here/{other}" for other in range(size)]
+    limit = time.monotonic() + JOIN_SECONDS
+    while missing := [place for place in places if not store.check([place])]:
+        if time.monotonic() > limit:
+            names = ", ".join(place.removeprefix("here/") for place in missing)
+            raise Lost(f"of {size} ranks {names} didn't come within {JOIN_SECONDS:.0f} s. Start all of them again.")
+        time.sleep(POLL_SECONDS)
 
 
 def leave(team: Team) -> None:

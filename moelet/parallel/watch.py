@@ -11,24 +11,14 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
-import torch.distributed as dist
-
 from moelet.errors import Interrupted, TemporaryError
-from moelet.parallel.ranks import Team, is_lost
+from moelet.parallel.ranks import Team, is_lost, meeting_place
 
 LOOK_SECONDS = 1.0  # between two signs of life, and two looks
 SILENT_SECONDS = 15.0  # without one, a rank is lost: after that all have half of torchrun's 30 s left to end in
-STORE_SECONDS = 10.0  # without an answer of the store: then the rank that has it is lost
-
-
-def meeting_place() -> dist.Store:
-    """Return the store where the ranks met, by a connection of its own: the other one may be waiting for somebody."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS))
 
 
 class Watch:
@@ -44,8 +34,7 @@ class Watch:
 
     def __enter__(self) -> Self:
         if not self.team.alone:
-            again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self._store = dist.PrefixStore(f"moelet-watch-{again}", meeting_place())
+            self._store = meeting_place()  # again: that of the collectives may be waiting for somebody
             self._thread.start()
         return self
 

@@ -112,8 +112,8 @@ MUTANTS = [
     Mutant(
         "SIGTERM that isn't answered by a checkpoint",
         "moelet/train.py",
-        "            session.save(final=True)\n            training.team.order(",
-        "            training.team.order(",
+        "            session.save(final=True)\n            interrupted =",
+        "            interrupted =",
         SIGNALS,
     ),
     Mutant(
