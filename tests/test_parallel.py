@@ -142,7 +142,7 @@ def rank_of(parent: int, rank: int) -> int:
     raise AssertionError("there is no such rank")
 
 
-@pytest.mark.parametrize("fault", [["--set", "train.train_stps=5"], ["--set", "parallel.shard=3"]])
+@pytest.mark.parametrize("fault", [["--set", "train.train_stps=5"], ["--set", "parallel.shard=2"]])
 def test_what_is_refused_is_refused_once(
     fault: list[str], crew: Crew, tiny_settings: TinySettings, tmp_path: Path
 ) -> None:

@@ -35,6 +35,7 @@ class Watch:
     def __enter__(self) -> Self:
         if not self.team.alone:
             self._store = meeting_place()  # again: that of the collectives may be waiting for somebody
+            self._store.set(f"beat/{self.team.rank}", "0")  # at once: from here on it is missed
             self._thread.start()
         return self
 
