@@ -75,11 +75,8 @@ class Watch:
                     host = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
                     self._lose(f"{host} is gone, where the ranks met ({str(error).splitlines()[0]}).")
                 return
-            began_and_goes_on = beat not in (
-                "",
-                "done",
-            )  # a leader may still read held-out text, and one may have ended
-            silent = silent + passed if began_and_goes_on and beat == seen else 0.0
+            watched = beat not in ("", "done")  # a leader may still read held-out text; another may have ended
+            silent = silent + passed if watched and beat == seen else 0.0
             seen = beat
             if silent >= SILENT_SECONDS:
                 words = f"rank {other} hasn't shown any sign of life for {silent:.0f} s."
