@@ -138,7 +138,7 @@ def _train_and_report(run: Path, progress: Any, work: Any) -> None:
         )
     progress.say(
         f"see   {write_report(run)} and {run / 'loss_curve.png'}",
-        f'try   python -m moelet generate {run} --prompt "..."',
+        f'try   python -m moelet generate {shlex.quote(str(run))} --prompt "..."',
     )
 
 

@@ -112,12 +112,13 @@ def keep(run: Path, number: int, found: dict[str, Any]) -> str:
     return f"It begins in {layer}; the worst rows are of {named or 'documents that could not be told'}. {where}"
 
 
-def bad_step(error: UserError, words: str, run: Path, kept: int, optim: OptimSettings) -> UserError:
-    """Return the error that a bad step ends a run with; `words` say what is known, `kept` is the last checkpoint."""
+def bad_step(error: UserError, words: str, run: Path, kept: list[int], optim: OptimSettings) -> UserError:
+    """Return the error that a bad step ends a run with; `words` say what is known, `kept` are its checkpoints."""
+    saved = f"The checkpoint of step {kept[-1]} is untouched" if kept else "Nothing is saved, as warned above"
     again = f"python -m moelet train --resume {shlex.quote(str(run))} --set"
     return UserError(
         f"{error}\n  {words}\n"
-        f"  The checkpoint of step {kept} is untouched. Either\n"
+        f"  {saved}. Either\n"
         f"  pass this batch over: {again} train.bad_step=skip\n"
         f"  or go on more carefully: {again} optim.lr={optim.lr / 3:.1g} --accept-changes\n"
         f"  or start a new run with a longer optim.warmup_steps (it is {optim.warmup_steps}) or another "

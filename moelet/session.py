@@ -228,7 +228,7 @@ class Session:
         if not checkpoint_steps(self.run):
             self.save()  # the weights are as before the step, and there is nothing else of them
         words = self._write_down(error.trouble, at, training.step + training.skipped_steps + 1)
-        return diagnostics.bad_step(error, words, self.run, checkpoint_steps(self.run)[-1], training.hparams.optim)
+        return diagnostics.bad_step(error, words, self.run, checkpoint_steps(self.run), training.hparams.optim)
 
     def _write_down(self, trouble: Trouble, at: Cursor, number: int) -> str:
         """Write the diagnostics of the run's batch `number`, which is behind cursor `at`; return them in words."""

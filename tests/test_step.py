@@ -2,15 +2,18 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from moelet import diagnostics
 from moelet.data import Batch, collate
 from moelet.errors import UserError
 from moelet.hparams import make_hparams
 from moelet.loss import BALANCE, IGNORE
+from moelet.sections import OptimSettings
 from moelet.state import Training, build, restore, snapshot
 from moelet.step import MAX_SKIPS, balance_slopes, train_step
 from moelet.tokenizer import Tokenizer
@@ -362,3 +365,12 @@ def test_a_step_learns(tokenizer: Tokenizer) -> None:
     batch = ragged_batch(tokenizer)
     losses = [train_step(training, [batch]).loss for _ in range(10)]
     assert losses[-1] < losses[0] - 1
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"), [([3, 6], "The checkpoint of step 6 is untouched."), ([], "Nothing is saved")]
+)
+def test_what_a_bad_step_leaves(kept: list[int], said: str) -> None:
+    """Also where the run's folder has gone, and no checkpoint is to be found."""
+    error = diagnostics.bad_step(UserError("the loss is nan."), "It begins there.", Path("run"), kept, OptimSettings())
+    assert said in str(error) and "--resume run --set train.bad_step=skip" in str(error)
