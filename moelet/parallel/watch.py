@@ -21,6 +21,11 @@ LOOK_SECONDS = 1.0  # between two signs of life, and two looks
 SILENT_SECONDS = 15.0  # without one, a rank is lost: after that all have half of torchrun's 30 s left to end in
 
 
+def host() -> str:
+    """Return whose process has the store where the ranks met."""
+    return "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+
+
 class Watch:
     """Shows that this rank is alive and watches the next one, while it lasts. Alone it does nothing."""
 
@@ -30,13 +35,15 @@ class Watch:
         self._ended = threading.Event()
         self._found = threading.Event()
         self._words = ""
-        self._thread = threading.Thread(target=self._watch, name="moelet-watch", daemon=True)
+        self._rounds = 0  # of looks made
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._watch, self._guard)]
 
     def __enter__(self) -> Self:
         if not self.team.alone:
             self._store = meeting_place()  # again: that of the collectives may be waiting for somebody
             self._store.set(f"beat/{self.team.rank}", "0")  # at once: from here on it is missed
-            self._thread.start()
+            for thread in self._threads:
+                thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -61,6 +68,7 @@ class Watch:
         beats, seen, silent, looked = 0, "", 0.0, time.monotonic()
         other = (self.team.rank + 1) % self.team.size
         while not self._ended.wait(LOOK_SECONDS):
+            self._rounds += 1
             now = time.monotonic()
             passed, looked = min(now - looked, 2 * LOOK_SECONDS), now  # a longer one: this process was stopped itself
             beats += 1
@@ -72,8 +80,7 @@ class Watch:
                 beat = self._store.get(f"beat/{other}").decode() if self._store.check([f"beat/{other}"]) else ""
             except Exception as error:
                 if not self._ended.is_set():
-                    host = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
-                    self._lose(f"{host} is gone, where the ranks met ({str(error).splitlines()[0]}).")
+                    self._lose(f"{host()} is gone, where the ranks met ({str(error).splitlines()[0]}).")
                 return
             watched = beat not in ("", "done")  # a leader may still read held-out text; another may have ended
             silent = silent + passed if watched and beat == seen else 0.0
@@ -83,6 +90,18 @@ class Watch:
                 with suppress(Exception):
                     self._store.set("lost", words)
                 self._lose(words)
+                return
+
+    def _guard(self) -> None:
+        """Notice where the store itself doesn't answer: its process is stopped, and the look waits for ever."""
+        seen, silent, looked = 0, 0.0, time.monotonic()
+        while not self._ended.wait(LOOK_SECONDS):
+            now = time.monotonic()
+            passed, looked = min(now - looked, 2 * LOOK_SECONDS), now
+            silent = silent + passed if self._rounds == seen else 0.0
+            seen = self._rounds
+            if silent >= SILENT_SECONDS and not self._found.is_set():
+                self._lose(f"{host()} hasn't answered for {silent:.0f} s, where the ranks met.")
                 return
 
     def _lose(self, words: str) -> None:

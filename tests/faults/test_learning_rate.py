@@ -8,7 +8,7 @@ import torch
 from conftest import TinySettings
 from scorecard import Trials
 
-from moelet import data, step
+from moelet import data, state, step
 from moelet.hparams import make_hparams
 from moelet.state import Training, build, restore, snapshot
 from moelet.step import train_step
@@ -49,8 +49,8 @@ def test_skipped_steps_and_resumes_in_any_order(
     shape["max_length"] = 8
     hparams = make_hparams(tiny_settings(model=shape, train={"precision": "fp16", "batch_size": 1}))
     monkeypatch.setattr(
-        step, "make_scaler", lambda *given: torch.amp.GradScaler("cpu", init_scale=16.0)
-    )  # far from overflow
+        state, "make_scaler", lambda *given: torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    )  # far from overflow, and from 1 after all that is passed over
     trainings = [build(hparams, tokenizer) for _ in range(2)]
     begun = through_json(snapshot(trainings[0], {}))
     batch = data.collate([tokenizer.encode("def function(argument):")[:9]], False)
