@@ -120,7 +120,7 @@ def test_torchrun_starts_a_run_again_that_lost_a_rank(tmp_path: Path, tiny_setti
     (tmp_path / "s.json").write_text(json.dumps(tiny_settings(train=steps, parallel={"expert": 2})))
     runs = [tmp_path / "whole", tmp_path / "cut"]
     for run in runs:
-        options = ("--nproc-per-node", 2, "--max-restarts", 2, "--master-port", 0)
+        options = ("--nproc-per-node", 2, "--max-restarts", 2)
         command = torchrun(*options, "train.py", tmp_path / "s.json", "--resume", run)
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if run.name == "cut":
