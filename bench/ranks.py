@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moelet.foresee.layouts import Link, Links, described, rows_of, travel
+from moelet.foresee.layouts import Link, Links, rows_of, travel
 from moelet.foresee.sizes import empty_model
 from moelet.hparams import Hparams, read_hparams
 from moelet.parallel.layout import Sizes
@@ -163,7 +163,8 @@ def page(
     ]
     for sizes, seconds in taken.items():
         ranks, median = sizes.data * sizes.shard * sizes.expert, statistics.median(seconds)
-        name = f"one process, {cores} threads" if ranks == 1 else described(sizes)
+        name = ", ".join(f"{key} {value}" for key, value in sizes._asdict().items())
+        name = name if ranks > 1 else f"one process, {cores} threads"
         cells = [name, f"{tokens / median:,.0f}", f"{one / median:.2f}"]
         if ranks == 1:
             cells += ["", f"{median:.2f}", "", ""]

@@ -309,7 +309,7 @@ def train(training: Training, run: Path, progress: Progress, clock: Clock, held:
     length, size, sizes = hparams.model.max_length, hparams.batch_size, hparams.micro_batches
     validation = read_validation(hparams.data, tokenizer, length, size, hparams.train.eval_tokens, "validation")
     introduce(training, run, validation, progress)
-    rate = matrix_rate(training.device, training.dtype)
+    rate = matrix_rate(training.device, training.dtype) * training.team.size
 
     def begin(cursor: Cursor) -> Iterator[tuple[Batch, Cursor]]:
         return training_batches(hparams.data, tokenizer, length, sizes, hparams.train.seed, cursor)

@@ -1,7 +1,7 @@
 """A run on several cards that aren't here: each way to divide it, estimated, and the one to take.
 
 What a card computes is `cards`' estimate of its own rows, what travels is `layouts`' over the links that the makers
-publish. Nothing of it was measured; docs/scaling.md says what of the method was, and how far it goes.
+publish. Nothing of it was measured on cards; docs/scaling.md says what of the method was, and how far it goes.
 """
 
 import math

@@ -6,7 +6,7 @@ What travels in a step isn't hidden behind what is computed: an upper bound wher
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from moelet.foresee.sizes import FLOAT
 from moelet.hparams import Hparams
@@ -112,13 +112,3 @@ def memory(hparams: Hparams, model: GPT, sizes: Sizes, activations: float) -> fl
     layer = max(sum(p.numel() for p in layer.parameters()) for layer in model.layers)
     gathered = 2 * FLOAT * layer if sizes.shard > 1 else 0  # a layer's weights and gradients, whole
     return 2 * FLOAT * (here.dense + here.experts) + FLOAT * here.state + gathered + activations
-
-
-def described(sizes: Sizes) -> str:
-    """Return a layout as settings have it."""
-    return f"data {sizes.data}, shard {sizes.shard}, expert {sizes.expert}"
-
-
-def settings_of(sizes: Sizes) -> dict[str, Any]:
-    """Return a layout as a file has it."""
-    return {"data": "auto", "shard": sizes.shard, "expert": sizes.expert}
