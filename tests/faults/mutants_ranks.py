@@ -33,8 +33,8 @@ MUTANTS = [
     Mutant(
         "balance over one rank's rows",
         STEP,
-        "balance_slopes(routing or stats_of_all(training.team, output.router), hparams)",
-        "balance_slopes(routing or add_stats([], output.router), hparams)",
+        "routing = routing or stats_of_all(training.team, output.router)",
+        "routing = routing or add_stats([], output.router)",
         ALIKE,
     ),
     Mutant(
@@ -67,9 +67,9 @@ MUTANTS = [
     ),
     Mutant(
         "optimizer state of other rows put back",
-        "moelet/state.py",
-        "value = value[layout.part(name, len(value))].clone()",
-        "value = value[: len(value[layout.part(name, len(value))])].clone()",
+        "moelet/storage/checkpoint.py",
+        'lambda key, n: part(key.rpartition(":")[0], n)',
+        'lambda key, n: slice(0, len(range(n)[part(key.rpartition(":")[0], n)]))',
         READ,
     ),
     Mutant(
@@ -89,8 +89,8 @@ MUTANTS = [
     Mutant(
         "a rank that fails and tells nobody",
         "moelet/parallel/watch.py",
-        'self._store.set("lost", f"rank {self.team.rank} ended with',
-        'str(f"rank {self.team.rank} ended with',
+        "                self.team.give_up(error)\n",
+        "                pass\n",
         DIE,
     ),
 ]

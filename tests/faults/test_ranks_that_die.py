@@ -16,7 +16,7 @@ from moelet.storage.manifest import newest
 STEPS, SILENT = 6, 3.0
 Fault = tuple[Ranks, int, str, str, int]  # the layout, which rank, what happens to it, at which call of what
 DATA, EXPERT, SHARD = ranks(data=2), ranks(expert=2), ranks(shard=2)
-FEW: list[Fault] = [(SHARD, 0, "stop", "step", 3), (EXPERT, 1, "error", "parts", 2)]
+FEW: list[Fault] = [(SHARD, 0, "stop", "step", 3), (DATA, 1, "stop", "step", 3), (EXPERT, 1, "error", "parts", 2)]
 
 
 @pytest.fixture(scope="module")
