@@ -6,9 +6,24 @@ POWER_CUT = "tests/faults/test_power_cut.py::test_the_power_fails_after_any_call
 KILLED = "tests/faults/test_power_cut.py::test_killed_at_any_call"
 DAMAGED = "tests/faults/test_damaged_checkpoint.py::test_a_file_of_a_checkpoint_is_damaged"
 RETENTION = "tests/faults/test_retention.py"
+BEHIND = "tests/faults/test_written_behind.py"
 SIGNALS = "tests/faults/test_stopped_by_signals.py::test_a_signal_asks_to_stop"
 
 MUTANTS = [
+    Mutant(
+        "a checkpoint that fails behind training and that nobody misses",
+        "moelet/storage/saving.py",
+        'It was to be written while training went on.")\n            return False\n',
+        'It was to be written while training went on.")\n            return True\n',
+        BEHIND,
+    ),
+    Mutant(
+        "a checkpoint that is taken for written while it is being written",
+        "moelet/storage/saving.py",
+        "        self._behind = made, outcome\n",
+        "        self._behind = made, outcome\n        self.at = made.step\n",
+        BEHIND,
+    ),
     Mutant(
         "a file that isn't on the disk before it counts",
         "moelet/storage/disk.py",

@@ -10,6 +10,27 @@ LAYOUT, STEP = "moelet/parallel/layout.py", "moelet/step.py"
 
 MUTANTS = [
     Mutant(
+        "parts of a model whose numbers are others than one process draws",
+        "moelet/modelling.py",
+        "_Unset(draws=True)",
+        "_Unset()",
+        ALIKE,
+    ),
+    Mutant(
+        "parts of a model that all have the first rows",
+        LAYOUT,
+        "copy_(whole[layout.part(name, len(whole))])",
+        "copy_(whole[: len(whole[layout.part(name, len(whole))])])",
+        ALIKE,
+    ),
+    Mutant(
+        "gradients that are taken before they have come back from other ranks",
+        "moelet/parallel/exchange.py",
+        "        return ctx.trip.arrive(), None\n",
+        "        return torch.zeros_like(ctx.trip.arrive()), None\n",
+        ALIKE,
+    ),
+    Mutant(
         "replicas whose gradients are never added up",
         LAYOUT,
         "(root.set_requires_all_reduce if layout.divided else root.set_requires_gradient_sync)(now)",
@@ -91,6 +112,6 @@ MUTANTS = [
         "moelet/parallel/watch.py",
         "                self.team.give_up(error)\n",
         "                pass\n",
-        DIE,
+        "tests/test_parallel.py::test_a_rank_that_fails_tells_the_others",
     ),
 ]

@@ -26,7 +26,7 @@ def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
 
 
 def settings(tiny_settings: TinySettings, layout: Ranks, folder: Path) -> Path:
-    length = {"train_steps": STEPS, "checkpoint_steps": 1, "eval_steps": 3}
+    length = {"train_steps": STEPS, "checkpoint_steps": 1, "eval_steps": 3, "checkpoint_async": layout != EXPERT}
     path = folder / f"{layout}.json".replace(" ", "-")
     path.write_text(json.dumps(tiny_settings(train=length, parallel=layout.settings)))
     return path
@@ -40,6 +40,7 @@ def drawn(trials: Trials) -> list[Fault]:
                 call = trials.random.randint(1, 2 if place == "evaluation" else 5)
                 found.append((layout, trials.random.randrange(layout.count), kind, place, call))
     found += [(EXPERT, 1, kind, "parts", trials.random.randint(1, 5)) for kind in ("kill", "stop", "error")]
+    found += [(SHARD, 1, kind, "parts", trials.random.randint(1, 5)) for kind in ("kill", "stop", "error")]
     found += [(SHARD, 0, kind, "save", trials.random.randint(6, 12)) for kind in ("kill", "stop", "error")]
     return found
 
