@@ -301,9 +301,6 @@ class TrainSettings(Section):
     eval_tokens: int = Field(65_536, ge=1, description="held-out tokens of an evaluation, about")
     log_steps: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     checkpoint_steps: int | None = Field(None, ge=1, description="steps between checkpoints; null: at the end only")
-    checkpoint_async: bool | Literal["auto"] = Field(
-        "auto", description='write checkpoints while training goes on; "auto": unless on a CPU, whose cores are busy'
-    )
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints to keep, besides the best")
     on_save_failure: Literal["warn", "pause", "stop"] = Field(
         "warn", description="where a checkpoint can't be written: train on, wait until it can be, or end"

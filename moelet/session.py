@@ -36,6 +36,7 @@ from moelet.trackers import Tracking
 SAMPLE_TOKENS = 200
 FORWARD_SHARE = 0.5  # of a training step's time a token: a third by its FLOPs, and the batches are small
 REPLAN_SHARE = 0.02  # a plan stands unless it is off by more than this share of the steps left
+WAITING = ("cpu",)  # devices that wait for a checkpoint: their cores would write it beside training
 MAX_REWINDS = 3  # to one checkpoint: it is the weights there, then, and not the text behind it
 
 
@@ -70,11 +71,7 @@ class Session:
         self.rewinds: Counter[int] = Counter()  # to the checkpoint of each step
         self.rows_to_evaluate: int | None = None  # at a time, since memory ran out in that; None: as they come
         hparams = training.hparams
-        behind = hparams.train.checkpoint_async
-        self.behind = training.device.type != "cpu" if behind == "auto" else behind
-        self.saver = Saver(
-            run, hparams.train, self.whole, self.belongings, progress, self.enough, self.lines, held.check
-        )
+        self.saver = Saver(run, hparams, self.whole, self.belongings, progress, self.enough, self.lines, held.check)
         self.saver.at = training.step if checkpoint_steps(run) else None
         budget = hparams.train.time_budget
         evaluation = FORWARD_SHARE * validation.n_tokens / hparams.tokens_per_step
@@ -135,7 +132,7 @@ class Session:
             better = self.log(row, evaluates)
             self.progress.say(*alarm_lines(training.step, alarms, training.hparams))
         last = training.step == training.total_steps
-        if (better or self.due(settings.checkpoint_steps)) and self.behind and not last:
+        if (better or self.due(settings.checkpoint_steps)) and training.device.type not in WAITING and not last:
             self.save_behind()
         elif better or self.due(settings.checkpoint_steps) or not self.saver.settle():
             self.save(final=last)

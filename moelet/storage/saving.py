@@ -17,8 +17,8 @@ from threading import Thread
 
 from moelet.console import Progress
 from moelet.errors import TemporaryError
+from moelet.hparams import Hparams
 from moelet.metrics import METRICS_FILE, read_rows
-from moelet.sections import TrainSettings
 from moelet.storage.checkpoint import Checkpoint, SaveError, Writing, save, serialised
 from moelet.storage.disk import sync_folder, write_synced
 from moelet.storage.manifest import MODEL, folders, make_room, retain, run_id_of
@@ -43,7 +43,7 @@ class Saver:
     def __init__(
         self,
         run: Path,
-        settings: TrainSettings,
+        hparams: Hparams,
         whole: Callable[[], Checkpoint],
         belongings: Callable[[], dict[str, bytes]],
         progress: Progress,
@@ -54,7 +54,7 @@ class Saver:
         """`whole()` is the run as it stands; `belongings()` are the files that make a folder with a checkpoint a run;
         `lines()` writes what waits of its metrics and returns whether all is written; `check()` raises UserError where
         another process has the folder by now, and OSError where that can't be told."""
-        self.run, self.settings, self.whole, self.belongings = run, settings, whole, belongings
+        self.run, self.hparams, self.whole, self.belongings = run, hparams, whole, belongings
         self.progress, self.enough, self.lines, self.check = progress, enough, lines, check
         self.at: int | None = None  # the step of the newest checkpoint
         self._behind: tuple[Checkpoint, Future[None]] | None = None  # one that is being written while training goes on
@@ -117,7 +117,7 @@ class Saver:
 
     def _saved(self, made: Checkpoint) -> None:
         self.at, best = made.step, made.state["best"]
-        retain(self.run, self.settings.keep_checkpoints, int(best["step"]) if best else None, good=made.step)
+        retain(self.run, self.hparams.train.keep_checkpoints, int(best["step"]) if best else None, good=made.step)
 
     def _save(self, made: Checkpoint, final: bool) -> bool:
         written = self.lines() or not final or self._insist()
@@ -127,9 +127,9 @@ class Saver:
                 return True
             raise SaveError(f"the last lines of {self.run / METRICS_FILE} can't be written.", self.run)
         except SaveError as error:
-            if final or self.settings.on_save_failure == "stop":
+            if final or self.hparams.train.on_save_failure == "stop":
                 raise self._parked(made, error) from error
-            if self.settings.on_save_failure == "pause":
+            if self.hparams.train.on_save_failure == "pause":
                 return self._wait(made, error)
             self._warn(f"{error.reason} Training goes on; the next checkpoint is the next try.")
             return False

@@ -150,7 +150,7 @@ MUTANTS = [
     Mutant(
         "a full disk that ends the run",
         "moelet/storage/saving.py",
-        '            if final or self.settings.on_save_failure == "stop":',
+        '            if final or self.hparams.train.on_save_failure == "stop":',
         "            if True:",
         "tests/faults/test_disk_full.py::test_the_disk_is_full_for_a_while",
     ),

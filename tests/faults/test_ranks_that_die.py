@@ -26,7 +26,7 @@ def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
 
 
 def settings(tiny_settings: TinySettings, layout: Ranks, folder: Path) -> Path:
-    length = {"train_steps": STEPS, "checkpoint_steps": 1, "eval_steps": 3, "checkpoint_async": layout != EXPERT}
+    length = {"train_steps": STEPS, "checkpoint_steps": 1, "eval_steps": 3}
     path = folder / f"{layout}.json".replace(" ", "-")
     path.write_text(json.dumps(tiny_settings(train=length, parallel=layout.settings)))
     return path

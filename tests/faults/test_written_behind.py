@@ -29,7 +29,7 @@ PLACES = [Place("half of a file", 5), Place("before reading back", 1), Place("be
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    found = Runs(tmp_path_factory.mktemp("runs"))
+    found = Runs(tmp_path_factory.mktemp("runs"), waiting="nothing")
     yield found
     found.close()
 
@@ -38,19 +38,24 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 def settings(tiny_settings: TinySettings, tokenizer: Tokenizer, tmp_path: Path) -> dict[str, Any]:
     tokenizer.save(tmp_path / "given.model")
     made = {"train_steps": 9, "checkpoint_steps": 4, "eval_steps": 9, "eval_tokens": 200, "log_steps": 1}
-    return tiny_settings(tokenizer={"file": str(tmp_path / "given.model")}, train={**made, "checkpoint_async": True})
+    return tiny_settings(tokenizer={"file": str(tmp_path / "given.model")}, train=made)
 
 
 @pytest.fixture
 def whole(settings: dict[str, Any], tmp_path: Path) -> Path:
     """The same run, whose checkpoints were waited for."""
     run = tmp_path / "whole"
-    train.start(make_hparams({**settings, "train": {**settings["train"], "checkpoint_async": False}}), run, Said())
+    train.start(make_hparams(settings), run, Said())
     return run
 
 
+@pytest.fixture
+def as_on_gpus(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "WAITING", ())
+
+
 @pytest.mark.check(3)
-@pytest.mark.usefixtures("in_process")
+@pytest.mark.usefixtures("in_process", "as_on_gpus")
 def test_training_goes_on_meanwhile(
     trials: Trials, settings: dict[str, Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,7 +85,7 @@ def test_training_goes_on_meanwhile(
 
 
 @pytest.mark.check(3)
-@pytest.mark.usefixtures("in_process")
+@pytest.mark.usefixtures("in_process", "as_on_gpus")
 def test_a_failure_is_noticed(
     trials: Trials, settings: dict[str, Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,8 +103,9 @@ def test_a_failure_is_noticed(
 
 
 @pytest.mark.check(3)
-@pytest.mark.usefixtures("in_process")
+@pytest.mark.usefixtures("in_process", "as_on_gpus")
 def test_a_failure_is_made_good(trials: Trials, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Not at the next checkpoint that is due, but at the step at which it is noticed."""
     settings["train"] |= {"keep_checkpoints": 9, "checkpoint_steps": 6}
     trials.count(small=1, full=1)
     with trials.one("one save"), on_checkpoints(tmp_path / "run", errno.ENOSPC, {6}):
@@ -109,7 +115,7 @@ def test_a_failure_is_made_good(trials: Trials, settings: dict[str, Any], tmp_pa
 
 
 @pytest.mark.check(3)
-@pytest.mark.usefixtures("in_process")
+@pytest.mark.usefixtures("in_process", "as_on_gpus")
 def test_the_last_one_fails(
     trials: Trials, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
