@@ -26,7 +26,7 @@ from moelet.fit import throwaway_batch
 from moelet.hparams import read_hparams
 from moelet.state import build, restore, snapshot
 from moelet.step import train_step
-from moelet.storage.checkpoint import read_newest, save
+from moelet.storage.checkpoint import Writing, read_newest
 from moelet.storage.manifest import folder_of, name_run, retain, verify
 from moelet.tokenizer import Tokenizer
 
@@ -56,26 +56,28 @@ def measure(settings: Path, folder: Path, vocab_size: int) -> None:
     training = build(hparams, tokenizer)
     train_step(training, [throwaway_batch(hparams, tokenizer.vocab_size, 2)])
     training.run_id = name_run(folder)
-    saves, checks, clears = [], [], []
+    writings, copies, saves, checks, clears = list[Writing](), [], [], [], []
     for step in range(1, SAVES + 1):
         training.step = step
         made, place = snapshot(training, {}), folder_of(folder, step)
-        saves.append(timed(partial(save, folder, made)))
+        copies.append(timed(lambda: writings.append(Writing(folder, made))))  # noqa: B023  called at once
+        saves.append(timed(writings.pop().finish))
         checks.append(timed(partial(verify, place, place.name)))  # is part of the save, too
         clears.append(timed(partial(retain, folder, 2, None, good=step)))
     size = sum(path.stat().st_size for path in folder_of(folder, SAVES).iterdir()) / 2**20
     reads = [timed(lambda: restore(training, read_newest(folder)[0])) for _ in range(3)]  # type: ignore[arg-type]
-    write, check, clear, read = map(median, (saves, checks, clears, reads))
+    copy, write, check, clear, read = map(median, (copies, saves, checks, clears, reads))
     count = sum(parameter.numel() for parameter in training.model.parameters())
     print(f"{count / 1e6:.1f}M parameters, checkpoint {size:.0f} MiB, torch {torch.__version__}, {platform.machine()}")
     for name, took in (
-        ("save, read back", write),
+        ("copying, all that training waits for where it goes on meanwhile", copy),
+        ("writing, read back", write),
         ("reading back alone", check),
         ("clearing out", clear),
         ("read", read),
     ):
         print(f"{name}: {took.seconds:.2f} s, of it {took.processor:.2f} s of the processor")
-    wall, processor = write.seconds + clear.seconds, write.processor + clear.processor
+    wall, processor = map(sum, zip(copy, write, clear, strict=True))
     print(f"one a minute: {wall / INTERVAL:.2%} of the time, {processor / INTERVAL:.2%} of one core's")
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from moelet.kernels.experts import ACTIVATIONS
 from moelet.kernels.native import LANES, address, library, threads, usable
-from moelet.modelling import GPT, NORM_EPS, DecoderLayer, KVCache
+from moelet.kv_cache import KVCache
+from moelet.modelling import GPT, NORM_EPS, DecoderLayer
 from moelet.moe import FeedForward, MoE
 from moelet.precision import cpu_has_bf16
 from moelet.sections import ModelSettings

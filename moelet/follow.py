@@ -5,7 +5,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from moelet.data import Validation
-from moelet.errors import UserError
 from moelet.evaluate import evaluate
 from moelet.finite import BadStep
 from moelet.hparams import make_hparams
@@ -64,7 +63,7 @@ class _Follower:
             work[what](**order)
 
     def restore(self, run: str, step: int) -> None:
-        restore(self.training, read(Path(run), step))
+        restore(self.training, read(Path(run), step, self.training.layout.part))
 
     def hold_out(self, rows: list[int], n_tokens: int, n_bytes: int) -> None:
         batches = deal(self.training.team, None, rows, self.training.hparams.model.max_length)
@@ -83,6 +82,5 @@ class _Follower:
         training = self.training
         evaluate(training.model, self.validation, training.dtype, layout=training.layout)
 
-    def save(self, folder: str) -> None:
-        with suppress(OSError, UserError):  # the leader has been told
-            write_parts(self.training, Path(folder))
+    def save(self, folder: str, key: str) -> None:
+        write_parts(self.training, Path(folder), key)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from moelet.decoding import Decoder, can_decode
 from moelet.errors import UserError
-from moelet.modelling import GPT, KVCache
+from moelet.kv_cache import KVCache
+from moelet.modelling import GPT
 from moelet.tokenizer import Tokenizer
 
 MAX_TEMPERATURE = 1e6  # all tokens are equally likely long before

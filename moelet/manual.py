@@ -32,7 +32,7 @@ READERS = {  # modules in which a section's settings are looked for, by the name
     "optim": ("optim", "muon", "state", "step"),
     "balance": ("step", "loss"),
     "parallel": ("parallel/layout",),
-    "train": ("state", "step", "session", "trackers", "hparams", "fit", "identity", "cli", "train"),
+    "train": ("state", "step", "session", "storage/saving", "trackers", "hparams", "fit", "identity", "cli", "train"),
 }
 HOLDERS = {"settings", "s", "data", "part"}  # what code calls a section, besides by its name
 OTHER_NAME = {"mix": "parts"}  # read through a property

@@ -19,7 +19,6 @@ SHARES says.
 """
 
 import math
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,7 +31,8 @@ from torch.utils.checkpoint import checkpoint
 from moelet.attention import causal_attention
 from moelet.errors import UserError
 from moelet.experts import GATED
-from moelet.moe import FeedForward, MoE, RouterStats
+from moelet.kv_cache import KVCache
+from moelet.moe import FeedForward, MoE, Router, RouterStats
 from moelet.norm import add_norm
 from moelet.rotary import Turns, prepare_heads, turns
 from moelet.sections import ModelSettings
@@ -47,50 +47,6 @@ SHARES = {"value_share": 0.5, "embed_share": 0.0, "smear.share": 0.0}  # at firs
 class Output(NamedTuple):
     hidden: Tensor  # (B, S, D), after the final norm
     router: list[RouterStats]  # one per MoE layer; empty for a dense model
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, so that a new token costs one step instead of a whole pass."""
-
-    def __init__(self, settings: ModelSettings) -> None:
-        self.max_length = settings.max_length
-        self.length = 0
-        self.segments: Tensor | None = None  # (B, max_length) int64, once there are any
-        self._last: dict[str, Tensor] = {}  # what the last token left for the next, by its name
-        self._store: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def append(self, layer: int, k_BHSC: Tensor, v_BHSC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new positions of `layer`; return its keys and values so far, (B, H, L, C) each."""
-        if layer not in self._store:
-            shape = (*k_BHSC.shape[:2], self.max_length, k_BHSC.shape[3])
-            self._store[layer] = (k_BHSC.new_zeros(shape), v_BHSC.new_zeros(shape))
-        end = self.length + k_BHSC.shape[2]
-        keys, values = self._store[layer]
-        keys[:, :, self.length : end] = k_BHSC
-        values[:, :, self.length : end] = v_BHSC
-        return keys[:, :, :end], values[:, :, :end]
-
-    def stores(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each layer's keys and values, (B, H, max_length, C), of which the first `length` positions count."""
-        for layer in sorted(self._store):
-            yield self._store[layer]
-
-    def before(self, name: str, x: Tensor) -> Tensor:
-        """Return what stands before each of `x`, (B, S, ...), before the first 0, and keep the last by this name."""
-        first = x.new_zeros(x.shape[0], 1, *x.shape[2:])
-        joined = torch.cat((self._last.get(name, first), x), 1)
-        self._last[name] = joined[:, -1:]
-        return joined[:, :-1]
-
-    def note_segments(self, segments_BS: Tensor | None, batch: int, n_new: int, device: torch.device) -> Tensor | None:
-        """Return the segments of all positions, the new ones included: (B, L), or None when there never were any."""
-        if self.segments is None and segments_BS is None:
-            return None
-        if self.segments is None:
-            self.segments = torch.ones(batch, self.max_length, dtype=torch.int64, device=device)
-        end = self.length + n_new
-        self.segments[:, self.length : end] = 1 if segments_BS is None else segments_BS
-        return self.segments[:, :end]
 
 
 def positions_within(segments_BL: Tensor) -> Tensor:
@@ -280,7 +236,8 @@ class GPT(nn.Module):
         self.register_buffer("cos", angles and angles.cos, persistent=False)
         self.register_buffer("sin", angles and angles.sin, persistent=False)
         self.checkpoint_activations = False  # keep what enters a layer alone, and compute the layer again in backward
-        self.initialise()
+        if not self.table.is_meta:
+            self.initialise()
 
     @property
     def table(self) -> Tensor:
@@ -337,23 +294,38 @@ class GPT(nn.Module):
         logits_BSV = F.linear(self.features(hidden_BSD), self.table)
         return logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
 
-    @torch.no_grad()
     def initialise(self) -> None:
         """Set every parameter by the law at the top of this file, from torch's global generator."""
-        into_residual = 0.0 if self.settings.zero_init else INIT_STD / math.sqrt(2 * self.settings.n_layers)
         for name, parameter in self.named_parameters():
-            if name.endswith(tuple(SHARES)):
-                parameter.fill_(next(share for ending, share in SHARES.items() if name.endswith(ending)))
-            elif name in ("smear.gate.weight", "bigrams.table.weight"):
-                parameter.zero_()
-            elif parameter.ndim == 1:
-                parameter.fill_(1.0)
-            elif name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
-                parameter.normal_(0.0, into_residual)
-            elif "_proj" in name or name == "embed.proj.weight":
-                parameter.normal_(0.0, self.settings.d_model**-0.5)
-            else:
-                parameter.normal_(0.0, INIT_STD)
+            self.draw(name, parameter)
+
+    @torch.no_grad()
+    def draw(self, name: str, parameter: Tensor) -> None:
+        """Set what is, or will be, parameter `name` of this network, whole."""
+        into_residual = 0.0 if self.settings.zero_init else INIT_STD / math.sqrt(2 * self.settings.n_layers)
+        if name.endswith(tuple(SHARES)):
+            parameter.fill_(next(share for ending, share in SHARES.items() if name.endswith(ending)))
+        elif name in ("smear.gate.weight", "bigrams.table.weight"):
+            parameter.zero_()
+        elif parameter.ndim == 1:
+            parameter.fill_(1.0)
+        elif name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
+            parameter.normal_(0.0, into_residual)
+        elif "_proj" in name or name == "embed.proj.weight":
+            parameter.normal_(0.0, self.settings.d_model**-0.5)
+        else:
+            parameter.normal_(0.0, INIT_STD)
+
+    @torch.no_grad()
+    def set_constants(self) -> None:
+        """Set what isn't learned as at first: the turns of rotary positions, the routers' biases."""
+        if self.cos is not None and self.sin is not None:
+            angles = turns(self.settings.max_length, self.settings.head_width, self.settings.rope_theta)
+            self.cos.copy_(angles.cos)
+            self.sin.copy_(angles.sin)
+        for module in self.modules():
+            if isinstance(module, Router) and module.bias is not None:
+                module.bias.zero_()
 
     def flops_per_token(self, length: int) -> int:
         """Return the floating-point operations of training on one token in rows of `length`.
@@ -371,13 +343,32 @@ class GPT(nn.Module):
         return 3 * 2 * (s.n_layers * layer + projections + rank * self.vocab_size)
 
 
+# what sets a new tensor in torch's layers, and how it draws numbers, if it does
+FILLING = {"normal_": "normal_", "uniform_": "uniform_", "kaiming_uniform_": "uniform_", "zero_": "", "fill_": ""}
+
+
 class _Unset(TorchFunctionMode):
     """Leaves new tensors unset: drawing numbers for tensors without any would load torch's compiler, for seconds."""
 
+    def __init__(self, draws: bool = False) -> None:
+        """`draws`: the generator is left as if numbers had been drawn."""
+        super().__init__()
+        self.draws = draws
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ("normal_", "uniform_", "zero_", "fill_"):
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
+        if (name := getattr(func, "__name__", "")) not in FILLING:
+            return func(*args, **(kwargs or {}))
+        tensor = args[0] if args else (kwargs or {})["tensor"]
+        if self.draws and FILLING[name]:
+            getattr(torch.empty(tensor.shape, device="cpu"), FILLING[name])()
+        return tensor
+
+
+def without_numbers(settings: ModelSettings, vocab_size: int) -> GPT:
+    """Return a network on the meta device, which takes no memory; the generator is where GPT() would have left it
+    before `initialise`."""
+    with torch.device("meta"), _Unset(draws=True):
+        return GPT(settings, vocab_size)
 
 
 def shapes_of(settings: ModelSettings, vocab_size: int) -> dict[str, tuple[int, ...]]:

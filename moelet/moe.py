@@ -7,6 +7,7 @@ Shapes: T tokens, D model, E experts, F expert hidden, K chosen per token.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -123,14 +124,19 @@ class Experts(nn.Module):
         self.activation, self.backend = settings.activation, settings.experts
         self.exchange: Exchange | None = None  # where some of the experts lie on other ranks
 
-    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, beside: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        """Return each token's weighted sum of its experts' outputs, (T, D), and what `beside()` gives added to it."""
+
         def compute(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
             matrices = (self.up_proj, self.gate_proj, self.down_proj)
             return routed_ffn(x_TD, ids_TK, weights_TK, *matrices, self.activation, self.backend)
 
-        if self.exchange is None:
-            return compute(x_TD, ids_TK, weights_TK)
-        return self.exchange.routed_ffn(x_TD, ids_TK, weights_TK, compute)
+        if self.exchange is not None:
+            return self.exchange.routed_ffn(x_TD, ids_TK, weights_TK, compute, beside)
+        y_TD = compute(x_TD, ids_TK, weights_TK)
+        return y_TD if beside is None else y_TD + beside()
 
 
 class MoE(nn.Module):
@@ -144,10 +150,8 @@ class MoE(nn.Module):
 
     def forward(self, x_TD: Tensor, real_T: Tensor | None) -> tuple[Tensor, RouterStats]:
         ids_TK, weights_TK, stats = self.gate(x_TD, real_T)
-        y_TD = self.experts(x_TD, ids_TK, weights_TK)
-        if self.shared_expert is not None:
-            y_TD = y_TD + self.shared_expert(x_TD, real_T)[0]
-        return y_TD, stats
+        shared = None if self.shared_expert is None else partial(self.shared_expert.outputs, x_TD)
+        return self.experts(x_TD, ids_TK, weights_TK, shared), stats
 
 
 class FeedForward(nn.Module):
@@ -161,6 +165,10 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(width, settings.d_model, bias=False)
         self.activation = settings.activation
 
-    def forward(self, x_TD: Tensor, real_T: Tensor | None) -> tuple[Tensor, None]:
+    def outputs(self, x_TD: Tensor) -> Tensor:
         gate_TF = None if self.gate_proj is None else self.gate_proj(x_TD)
-        return self.down_proj(hidden_activation(self.up_proj(x_TD), gate_TF, self.activation)), None
+        y_TD: Tensor = self.down_proj(hidden_activation(self.up_proj(x_TD), gate_TF, self.activation))
+        return y_TD
+
+    def forward(self, x_TD: Tensor, real_T: Tensor | None) -> tuple[Tensor, None]:
+        return self.outputs(x_TD), None

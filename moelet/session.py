@@ -25,9 +25,9 @@ from moelet.shortage import OutOfMemory, free, within_memory
 from moelet.state import Training, restore, snapshot
 from moelet.step import StepReport, forget_step, metrics_row, train_step
 from moelet.stopping import Asked, StopAsked, until
-from moelet.storage.checkpoint import HPARAMS, TOKENIZER, read
+from moelet.storage.checkpoint import HPARAMS, TOKENIZER, Checkpoint, read
 from moelet.storage.lock import Held
-from moelet.storage.manifest import RUN_ID, checkpoint_steps, newest, retain
+from moelet.storage.manifest import RUN_ID, checkpoint_steps, newest
 from moelet.storage.saving import Saver
 from moelet.text.documents import Cursor
 from moelet.text.prefetch import Reader
@@ -36,6 +36,7 @@ from moelet.trackers import Tracking
 SAMPLE_TOKENS = 200
 FORWARD_SHARE = 0.5  # of a training step's time a token: a third by its FLOPs, and the batches are small
 REPLAN_SHARE = 0.02  # a plan stands unless it is off by more than this share of the steps left
+WAITING = ("cpu",)  # devices that wait for a checkpoint: their cores would write it beside training
 MAX_REWINDS = 3  # to one checkpoint: it is the weights there, then, and not the text behind it
 
 
@@ -67,13 +68,11 @@ class Session:
         self.again = again(run, training.team)
         self.logged = (training.tokens, training.seconds)  # at the last line of metrics.jsonl
         self.waited = 0.0  # seconds for data, since then
-        self.saved_at = training.step if checkpoint_steps(run) else None
         self.rewinds: Counter[int] = Counter()  # to the checkpoint of each step
         self.rows_to_evaluate: int | None = None  # at a time, since memory ran out in that; None: as they come
         hparams = training.hparams
-        self.saver = Saver(
-            run, hparams.train.on_save_failure, self.belongings, progress, self.enough, self.lines, held.check
-        )
+        self.saver = Saver(run, hparams, self.whole, self.belongings, progress, self.enough, self.lines, held.check)
+        self.saver.at = training.step if checkpoint_steps(run) else None
         budget = hparams.train.time_budget
         evaluation = FORWARD_SHARE * validation.n_tokens / hparams.tokens_per_step
         self.pace = None if budget is None else Pace(clock, budget, evaluation)
@@ -132,8 +131,11 @@ class Session:
             self.logged, self.waited = (training.tokens, training.seconds), 0.0
             better = self.log(row, evaluates)
             self.progress.say(*alarm_lines(training.step, alarms, training.hparams))
-        if better or self.due(settings.checkpoint_steps):
-            self.save(final=training.step == training.total_steps)
+        last = training.step == training.total_steps
+        if (better or self.due(settings.checkpoint_steps)) and training.device.type not in WAITING and not last:
+            self.save_behind()
+        elif better or self.due(settings.checkpoint_steps) or not self.saver.settle():
+            self.save(final=last)
 
     def log(self, row: dict[str, Any], evaluates: bool) -> bool:
         """Write and show a step's line, evaluated if that is due; return whether the model is the best so far.
@@ -212,6 +214,7 @@ class Session:
         """Return the error for a step that doesn't fit; all that is trained is saved, where there is memory for it."""
         training, hparams = self.training, self.training.hparams
         free()
+        self.saver.settle(wait=True)
         unsaved = ""
         try:
             self.save()
@@ -225,6 +228,7 @@ class Session:
     def _bad_step(self, error: BadStep) -> UserError:
         """Return the error for a step that stops the run, with what is known about it written down."""
         training, at = self.training, self.training.cursor
+        self.saver.settle(wait=True)
         if not checkpoint_steps(self.run):
             self.save()  # the weights are as before the step, and there is nothing else of them
         words = self._write_down(error.trouble, at, training.step + training.skipped_steps + 1)
@@ -245,6 +249,7 @@ class Session:
         if trouble is None or not trouble.row_losses:
             return  # fp16 overflowed, as it does now and then
         words = self._write_down(trouble, at, training.step + training.skipped_steps)
+        self.saver.settle(wait=True)
         step = newest(self.run)[0] if training.hparams.train.bad_step == "rewind" else None
         going_on = (
             "the batch is passed over" if step is None else f"back to the checkpoint of step {step}, on behind it"
@@ -266,13 +271,13 @@ class Session:
         kept = {name: getattr(training, name) for name in ("cursor", "seconds", "elapsed", "micro_rows")}
         passed_over = training.skipped_steps + training.step - step
         order_restore(training, self.run, step)
-        restore(training, read(self.run, step))
+        restore(training, read(self.run, step, training.layout.part))
         for name, value in kept.items():
             setattr(training, name, value)
         training.skipped_steps = passed_over
         cut_metrics(self.run, step)
         self.unwritten = [row for row in self.unwritten if row["step"] <= step]
-        self.logged, self.saved_at = (training.tokens, training.seconds), step
+        self.logged, self.saver.at = (training.tokens, training.seconds), step
 
     def lines(self) -> bool:
         """Write the lines that wait, on the disk before returning; return whether there are none any more."""
@@ -303,26 +308,26 @@ class Session:
         return step == self.training.total_steps or (every is not None and step % every == 0)
 
     def save(self, final: bool = False) -> bool:
-        """Write a checkpoint of this step, unless there is one, and remove those no longer kept.
+        """Have a checkpoint of this step on the disk, the run's `final` one perhaps; return whether it is there."""
+        began, before = time.perf_counter(), self.saver.at
+        saved = self.saver.save(self.training.step, final)
+        if saved and self.saver.at != before:
+            self._note_cost("checkpoint", began)
+        return saved
 
-        Returns whether there is one. Where the disk doesn't take it, `train.on_save_failure` decides, and the last one
-        of a run, `final`, is parked elsewhere: TemporaryError.
-        """
-        training = self.training
-        if self.saved_at == training.step:
-            return True
+    def save_behind(self) -> None:
+        """Begin a checkpoint of this step, which is written while training goes on."""
         began = time.perf_counter()
-        training.elapsed = self.clock.now()
-        whole = snapshot(training, self.marks)
+        self.saver.begin(self.training.step)
+        self._note_cost("checkpoint", began)
+
+    def whole(self) -> Checkpoint:
+        """Return the run as it stands. Raises UserError for one that no checkpoint should hold."""
+        self.training.elapsed = self.clock.now()
+        whole = snapshot(self.training, self.marks)
         require_finite(whole.model, "the weight")
         require_finite(whole.optimizer, "the optimizer's")
-        if not self.saver.save(whole, final):
-            return False
-        self.saved_at = training.step
-        best = None if training.best is None else int(training.best["step"])
-        retain(self.run, training.hparams.train.keep_checkpoints, best, good=training.step)
-        self._note_cost("checkpoint", began)
-        return True
+        return whole
 
     def _note_cost(self, part: str, began: float) -> None:
         if self.pace is not None:

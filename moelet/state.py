@@ -5,9 +5,11 @@ Nothing random has a state: what a step draws comes from (seed, step, micro-step
 
 import dataclasses
 import math
+import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -21,11 +23,11 @@ from moelet.hparams import Hparams
 from moelet.memory import require_memory
 from moelet.modelling import GPT, shapes_of
 from moelet.optim import OPTIMIZERS, Plan
-from moelet.parallel.layout import Layout, sizes_for, spread
+from moelet.parallel.layout import Layout, layout_of, new_model
 from moelet.parallel.ranks import ALONE, Team, local
 from moelet.precision import choose_device, choose_dtype, make_scaler
 from moelet.stopping import never
-from moelet.storage.checkpoint import Checkpoint, write_tensors
+from moelet.storage.checkpoint import Checkpoint, pack_tensors, write_packed
 from moelet.storage.manifest import Part
 from moelet.storage.saved_state import check_optimizer, check_state
 from moelet.text.documents import Cursor
@@ -77,15 +79,15 @@ def build(hparams: Hparams, tokenizer: Tokenizer, team: Team = ALONE) -> Trainin
 
     Raises UserError for what doesn't fit.
     """
-    layout = Layout() if team.alone else Layout(team, sizes_for(hparams.parallel, hparams.model, team.size))
+    layout = layout_of(hparams, team)
     device = choose_device(hparams.train.device)
     dtype = choose_dtype(hparams.train.precision, device)
-    count = sum(map(math.prod, shapes_of(hparams.model, tokenizer.vocab_size).values()))
-    require_memory(4 * count, f"a model of {count / 1e6:,.0f}M parameters")
+    shapes = shapes_of(hparams.model, tokenizer.vocab_size)
+    whole, here = sum(map(math.prod, shapes.values())), layout.count(shapes)
+    require_memory(4 * here, f"a model of {whole / 1e6:,.0f}M parameters")
     torch.manual_seed(hparams.train.seed)
-    model = GPT(hparams.model, tokenizer.vocab_size).to(device)
+    model = new_model(hparams.model, tokenizer.vocab_size, layout, device)
     model.checkpoint_activations = hparams.train.checkpoint_activations
-    spread(model, layout)
     optimizer = pick(OPTIMIZERS, hparams.optim.optimizer, "optim.optimizer")(model, hparams.optim)
     plan = [] if hparams.total_steps is None else [[0, hparams.total_steps]]
     scaler = make_scaler(dtype, device)
@@ -121,37 +123,51 @@ def parts(training: Training) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return model, optimizer
 
 
-def _have_parts_written(training: Training, folder: Path) -> dict[str, Part]:
-    """Have the other ranks write their parts of a checkpoint into a folder, and return what they wrote.
+def _have_parts_written(training: Training, folder: Path) -> Callable[[], dict[str, Part]]:
+    """Have the other ranks write their parts of a checkpoint into a folder, as they are now.
 
-    Raises OSError where one of them can't.
+    What is returned waits for them, in any thread, and returns what they wrote; it raises OSError where one of them
+    can't, UserError where one of them won't.
     """
-    training.team.order(SAVE_PARTS, folder=str(folder.absolute()))
-    return write_parts(training, folder)
+    team, key = training.team, f"parts/{uuid.uuid4().hex}"
+    team.order(SAVE_PARTS, folder=str(folder.absolute()), key=key)
+
+    def written() -> dict[str, Part]:
+        told = team.posted(key)
+        for how, what in told:
+            if how == "full":
+                raise OSError(*what)
+            if how == "refused":
+                raise UserError(what)
+        return {name: Part(*part) for _, files in told for name, part in files.items()}
+
+    return written
 
 
-def write_parts(training: Training, folder: Path) -> dict[str, Part]:
-    """Write this rank's parts of a checkpoint, but for the leader's, and return what all others wrote: all ranks call
-    this. Raises OSError where one of them can't."""
-    written: dict[str, Part] = {}
-    full, broken = None, None
+def write_parts(training: Training, folder: Path, key: str) -> None:
+    """Write this rank's parts of a checkpoint, as they are now, while it goes on; the leader hears how that ended."""
+    files, refused = dict[str, bytes](), None
     try:
-        if not training.team.leads:
-            model, optimizer = parts(training)
-            require_finite(model, "the weight")
-            require_finite(optimizer, "the optimizer's")
-            written = write_tensors(folder, training.team.rank, model, optimizer)
-    except OSError as error:
-        full = [error.errno, f"{error.strerror}, on rank {training.team.rank}"]
+        model, optimizer = parts(training)
+        require_finite(model, "the weight")
+        require_finite(optimizer, "the optimizer's")
+        files = pack_tensors(training.team.rank, model, optimizer)
     except UserError as error:
-        broken = str(error)
-    told = training.team.gathered([written, full, broken])
-    for _, full, broken in told:
-        if broken is not None:
-            raise UserError(broken)
-        if full is not None:
-            raise OSError(*full)
-    return {name: Part(*part) for files, *_ in told for name, part in files.items()}
+        refused = str(error)
+    Thread(target=_write_and_tell, args=(training.team, folder, key, files, refused), daemon=True).start()
+
+
+def _write_and_tell(team: Team, folder: Path, key: str, files: dict[str, bytes], refused: str | None) -> None:
+    if refused is not None:
+        team.post(key, ["refused", refused])
+        return
+    try:
+        team.post(key, ["written", write_packed(folder, files)])
+    except OSError as error:
+        team.post(key, ["full", [error.errno, f"{error.strerror}, on rank {team.rank}"]])
+    except Exception as error:  # else the leader would wait for ever
+        team.give_up(error)
+        raise
 
 
 PROGRESS = ("step", "tokens", "seconds", "elapsed", "plan", "skipped_steps", "skipped_in_a_row", "cursor", "best")
@@ -163,10 +179,11 @@ LATER: dict[str, Any] = {
 
 
 def restore(training: Training, saved: Checkpoint) -> None:
-    """Put a snapshot back; from here on the run is the one it would have been. Raises UserError for another's."""
+    """Put a snapshot back, of which `saved` has the parts that lie here; from here on the run is the one it would have
+    been. Raises UserError for another's."""
     settings = training.hparams.model
     check_state(saved.state, settings.n_layers, settings.n_experts)
-    layout, parameters = training.layout, dict(training.model.named_parameters())
+    parameters = dict(training.model.named_parameters())
     shapes = {name: tuple(saved.model[name].shape) for name in parameters if name in saved.model}
     check_optimizer(saved.optimizer, shapes, training.hparams.optim.optimizer)
     if training.team.alone:
@@ -174,13 +191,10 @@ def restore(training: Training, saved: Checkpoint) -> None:
     else:
         with torch.no_grad():
             for name, tensor in training.model.state_dict().items():
-                whole = saved.model[name]
-                local(tensor).copy_(whole[layout.part(name, len(whole))] if name in parameters else whole)
+                local(tensor).copy_(saved.model[name])
     training.optimizer.state.clear()
     for key, value in saved.optimizer.items():
         name, entry = key.rsplit(":", 1)
-        if value.ndim and not training.team.alone:
-            value = value[layout.part(name, len(value))].clone()
         training.optimizer.state[parameters[name]][entry] = value.to(training.device)
     for name in PROGRESS:
         setattr(training, name, saved.state[name])

@@ -72,7 +72,8 @@ def train_step(training: Training, micro_batches: list[Batch]) -> StepReport:
     n_tokens, n_routed = max(1, n_targets), max(1, n_routed)
     micro_batches = [batch.to(training.device) for batch in micro_batches]
 
-    routing = _route_ahead(training, micro_batches) if len(micro_batches) > 1 and _balances(training) else []
+    balances, several = _balances(training), len(micro_batches) > 1
+    routing = _route_ahead(training, micro_batches) if several and balances else []
     nats = torch.zeros((), dtype=torch.float64, device=training.device)
     balance: list[Tensor] = []
     totals: list[RouterStats] = []
@@ -83,8 +84,9 @@ def train_step(training: Training, micro_batches: list[Batch]) -> StepReport:
             features_TR = model.features(output.hidden).flatten(0, 1)
             cross_entropy = linear_cross_entropy(features_TR, model.table, batch.labels.flatten())
             loss = cross_entropy / n_tokens
-            if _balances(training):
-                value, slopes_LE = balance_slopes(routing or stats_of_all(training.team, output.router), hparams)
+            if balances:
+                routing = routing or stats_of_all(training.team, output.router)
+                value, slopes_LE = balance_slopes(routing, hparams)
                 balance = [value]
                 loss = loss + (slopes_LE * torch.stack([stats.probability for stats in output.router])).sum()
             if hparams.balance.z_loss and output.router:
@@ -93,7 +95,8 @@ def train_step(training: Training, micro_batches: list[Batch]) -> StepReport:
         (loss if training.scaler is None else training.scaler.scale(loss)).backward()
         nats += cross_entropy.detach()
         totals = add_stats(totals, output.router)
-    totals, nats = stats_of_all(training.team, totals), training.team.summed(nats)
+    totals = stats_of_all(training.team, totals) if several or not balances else routing
+    nats = training.team.summed(nats)
     results = (nats, _clip(training), expert_load(totals), router_health(totals), *balance)
     total, grad_norm, load, (entropy, largest), *balance_loss = _to_host(*results)
     trouble = _update(training, total / n_tokens, grad_norm, micro_batches)

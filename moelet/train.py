@@ -39,7 +39,7 @@ from moelet.loss import BALANCE
 from moelet.metrics import METRICS_FILE, cut_metrics, last_elapsed, matrix_rate
 from moelet.moe import ROUTERS
 from moelet.optim import OPTIMIZERS, SCHEDULES, Plan
-from moelet.parallel.layout import sizes_for
+from moelet.parallel.layout import layout_of, sizes_for
 from moelet.parallel.orders import END, advice, build_everywhere, count_parameters, order_restore
 from moelet.parallel.ranks import ALONE, Team
 from moelet.parallel.watch import Watch
@@ -263,7 +263,7 @@ def _restored(hparams: Hparams, run: Path, progress: Progress, accept: bool, tea
     saved_hparams, tokenizer = load_run_settings(run)
     if hparams.tokenizer != saved_hparams.tokenizer and hparams.tokenizer.file is not None:
         tokenizer = Tokenizer.load(Path(hparams.tokenizer.file))
-    saved, passed = checkpoint.read_newest(run)
+    saved, passed = checkpoint.read_newest(run, layout_of(hparams, team).part)
     progress.say(*passed)
     if saved is None:
         raise UserError(
@@ -272,8 +272,7 @@ def _restored(hparams: Hparams, run: Path, progress: Progress, accept: bool, tea
         )
     now = identity(hparams, tokenizer)
     changed = require_same(run, saved.identity, now, saved_hparams, hparams, accept)
-    shapes = {name: tuple(tensor.shape) for name, tensor in saved.model.items()}
-    checkpoint.refuse_other_shapes(run, shapes, saved_hparams, tokenizer)
+    checkpoint.refuse_other_shapes(run, saved.shapes, saved_hparams, tokenizer)
     hparams = find_batch_size(hparams, tokenizer, run / TOKENIZER, progress)
     training = build_everywhere(hparams, tokenizer, team, run)
     plan = training.plan

@@ -8,7 +8,8 @@ from moelet import generate
 from moelet.decoding import Decoded, Decoder, can_decode
 from moelet.generate import Sampling, continuations
 from moelet.inspection.routing import mixtures, watched
-from moelet.modelling import GPT, KVCache
+from moelet.kv_cache import KVCache
+from moelet.modelling import GPT
 from moelet.moe import Router
 from moelet.sections import ModelSettings
 

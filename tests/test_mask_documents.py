@@ -10,8 +10,9 @@ from torch import Tensor
 
 from moelet import data
 from moelet.data import Batch
+from moelet.kv_cache import KVCache
 from moelet.loss import IGNORE, linear_cross_entropy
-from moelet.modelling import GPT, KVCache, positions_within
+from moelet.modelling import GPT, positions_within
 from moelet.moe import RouterStats, add_stats
 from moelet.sections import ModelSettings
 from moelet.tokenizer import Tokenizer

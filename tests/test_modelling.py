@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from moelet import attention, modelling
 from moelet.attention import ATTENTION
 from moelet.errors import UserError
+from moelet.kv_cache import KVCache
 from moelet.loss import linear_cross_entropy
-from moelet.modelling import GPT, KVCache, shapes_of
+from moelet.modelling import GPT, shapes_of
 from moelet.sections import ModelSettings
 
 VOCAB, CONTEXT = 29, 12

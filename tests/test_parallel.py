@@ -92,6 +92,15 @@ def test_a_rank_is_lost_when_it_was_alive_and_no_longer_is(monkeypatch: pytest.M
     assert place.get("lost").startswith(b"rank 1 hasn't shown any sign of life")
 
 
+def test_a_rank_that_fails_tells_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = torch.distributed.HashStore()
+    for module in (watch, ranks):
+        monkeypatch.setattr(module, "meeting_place", lambda: store)
+    with pytest.raises(KeyError), watch.Watch(Team(1, 2), "Go on."):
+        raise KeyError("planted\nand more")
+    assert store.get("lost") == b"rank 1 ended with KeyError: 'planted\\nand more'."
+
+
 def torchrun(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
 

@@ -25,8 +25,9 @@ from moelet.foresee.sizes import empty_model, files, flops, parameters
 from moelet.hparams import Hparams, make_hparams
 from moelet.kernels import native
 from moelet.kernels.sorted_rows import fair_shares
+from moelet.kv_cache import KVCache
 from moelet.loss import linear_cross_entropy
-from moelet.modelling import GPT, KVCache
+from moelet.modelling import GPT
 from moelet.state import build, snapshot
 from moelet.storage import checkpoint
 from moelet.study.arms import size_of

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from moelet import attention, experts, generate, loss, modelling, moe, muon, rotary
 from moelet.generate import Sampling, continuations
+from moelet.kv_cache import KVCache
 from moelet.loss import BALANCE, IGNORE, linear_cross_entropy
-from moelet.modelling import GPT, KVCache
+from moelet.modelling import GPT
 from moelet.optim import OPTIMIZERS
 from moelet.sections import ModelSettings, OptimSettings
 

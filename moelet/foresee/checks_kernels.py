@@ -13,8 +13,9 @@ from moelet.decoding import Decoder, can_decode
 from moelet.experts import BACKENDS, GATED, routed_ffn, why_not_triton
 from moelet.foresee.patient import FAULT, LENGTH, NOTE, OK, ROWS, WIDTH, Finding, Patient, numbers
 from moelet.kernels.native import why_not, without_kernels
+from moelet.kv_cache import KVCache
 from moelet.loss import linear_cross_entropy
-from moelet.modelling import NORM_EPS, KVCache
+from moelet.modelling import NORM_EPS
 from moelet.moe import Router
 from moelet.norm import add_norm
 from moelet.precision import autocast

@@ -13,7 +13,8 @@ from moelet.attention import ATTENTION, causal_attention
 from moelet.data import Batch
 from moelet.foresee.patient import FAULT, LENGTH, OK, ROWS, WIDTH, Finding, Patient, numbers
 from moelet.kernels.native import why_not
-from moelet.modelling import GPT, KVCache
+from moelet.kv_cache import KVCache
+from moelet.modelling import GPT
 from moelet.moe import Router
 from moelet.precision import autocast
 from moelet.state import Training, restore, snapshot

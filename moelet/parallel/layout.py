@@ -15,13 +15,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moelet.errors import UserError
-from moelet.modelling import GPT
+from moelet.hparams import Hparams
+from moelet.modelling import GPT, shapes_of, without_numbers
 from moelet.moe import MoE, RouterStats, add_stats
 from moelet.parallel.exchange import Exchange
 from moelet.parallel.ranks import ALONE, Team, local
 from moelet.sections import ModelSettings, ParallelSettings
 
 STACKS = ".mlp.experts."  # in the names of parameters that are divided by experts
+ALIKE = ".mlp.gate.bias"  # how the names of those end that every rank has all of
 
 
 class Sizes(NamedTuple):
@@ -78,8 +80,10 @@ class Layout:
         return self.sizes.shard * self.sizes.expert > 1
 
     def part(self, name: str, rows: int) -> slice:
-        """Return the stretch of the `rows` of parameter `name` that lies here."""
+        """Return the stretch of the `rows` of the model's tensor `name` that lies here."""
         start, stop = 0, rows
+        if name.endswith(ALIKE):
+            return slice(0, rows)
         if STACKS in name:
             each = rows // self.sizes.expert
             start, stop = self.at.expert * each, (self.at.expert + 1) * each
@@ -98,6 +102,11 @@ class Layout:
             return ""
         return f"@{part.start}" if part.stop > part.start else None
 
+    def count(self, shapes: dict[str, tuple[int, ...]]) -> int:
+        """Return how many of the numbers of tensors with these names and shapes lie here."""
+        parts = ((self.part(name, shape[0]), shape) for name, shape in shapes.items())
+        return sum((part.stop - part.start) * math.prod(shape[1:]) for part, shape in parts)
+
     def copies(self, name: str) -> int:
         """Return how many ranks have the same part of parameter `name`."""
         return self.sizes.data * (1 if STACKS in name else self.sizes.expert)
@@ -114,17 +123,39 @@ class Layout:
         return self.team.summed(torch.stack(squares).sum()).sqrt().float()
 
 
-def spread(model: GPT, layout: Layout) -> None:
-    """Leave on this rank what the layout says lies here, and have torch keep it together with the other ranks'.
+def layout_of(hparams: Hparams, team: Team) -> Layout:
+    """Return where the parts of a run's model lie. Raises UserError where its ranks can't divide the work so."""
+    return Layout() if team.alone else Layout(team, sizes_for(hparams.parallel, hparams.model, team.size))
 
-    Every rank has the same whole model before; afterwards parameters are DTensors, and forward and backward passes are
-    made by all ranks together. Gradients are sums over ranks, not means.
+
+def new_model(settings: ModelSettings, vocab_size: int, layout: Layout, device: torch.device) -> GPT:
+    """Return a new model, of which only the parts that lie here take memory; all ranks call this.
+
+    Its numbers are those that one process alone would draw from torch's generator, tensor by tensor.
     """
     if layout.team.alone:
-        return
+        return GPT(settings, vocab_size).to(device)
+    model = without_numbers(settings, vocab_size)
+    _spread(model, layout, device.type)
+    model.to_empty(device=device)
+    model.set_constants()
+    shapes = shapes_of(settings, vocab_size)
+    for name, parameter in model.named_parameters():
+        whole = torch.empty(shapes[name])
+        model.draw(name, whole)
+        local(parameter.detach()).copy_(whole[layout.part(name, len(whole))])
+    return model
+
+
+def _spread(model: GPT, layout: Layout, device: str) -> None:
+    """Leave on this rank what the layout says lies here, and have torch keep it together with the other ranks'.
+
+    Afterwards parameters are DTensors, and forward and backward passes are made by all ranks together. Gradients are
+    sums over ranks, not means.
+    """
     from torch.distributed.device_mesh import DeviceMesh  # a second that nobody alone waits for
 
-    device, (data, shard, expert) = model.table.device.type, layout.sizes
+    data, shard, expert = layout.sizes
     ranks = torch.arange(layout.team.size).view(data, shard, expert)
     names = ("replicate", "shard")
     everyone = DeviceMesh(device, ranks.permute(0, 2, 1).reshape(data * expert, shard), mesh_dim_names=names)

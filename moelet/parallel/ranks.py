@@ -24,6 +24,7 @@ JOIN_SECONDS = 300.0  # for all ranks to come to where they meet: some load torc
 STORE_SECONDS = 10.0  # for an answer of the store where they met: then its process is gone
 PATIENCE = timedelta(days=7)  # of collectives: a leader may wait for a hub or a disk. `parallel.watch` finds the dead
 POLL_SECONDS = 0.05
+LOST = "lost"  # the key of the words for what rank was lost, and how
 BUFFER = 4096  # bytes of a message that goes in one piece
 
 
@@ -94,6 +95,23 @@ class Team:
             every = [torch.empty_like(mine) for _ in range(self.size)]
             dist.all_gather(every, mine)
         return [json.loads(row.numpy().tobytes()[:n]) for row, n in zip(every, sizes.tolist(), strict=True)]
+
+    def post(self, key: str, item: Any) -> None:
+        """Leave word for the leader, which JSON can hold, from any thread."""
+        meeting_place().set(f"{key}/{self.rank}", json.dumps(item))
+
+    def posted(self, key: str) -> list[Any]:
+        """Return what each other rank has posted, once all have, in any thread; `parallel.watch` ends waiting for a
+        rank that is lost."""
+        store, keys = meeting_place(), [f"{key}/{rank}" for rank in range(1, self.size)]
+        while not store.check(keys):
+            time.sleep(POLL_SECONDS)
+        return [json.loads(store.get(place)) for place in keys]
+
+    def give_up(self, error: BaseException) -> None:
+        """Tell all ranks that this one ends, and why; `parallel.watch` ends them."""
+        first = (str(error).splitlines() or [""])[0]
+        meeting_place().set(LOST, f"rank {self.rank} ended with {type(error).__name__}: {first[:300]}.")
 
     def dealt(self, hands: list[Tensor] | None, shape: list[int]) -> Tensor:
         """Return this rank's part of what the leader deals out: a tensor of `shape`, int32, on the host."""

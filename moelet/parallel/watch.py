@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from moelet.errors import Interrupted, TemporaryError
-from moelet.parallel.ranks import Team, is_lost, meeting_place
+from moelet.parallel.ranks import LOST, Team, is_lost, meeting_place
 
 LOOK_SECONDS = 1.0  # between two signs of life, and two looks
 SILENT_SECONDS = 15.0  # without one, a rank is lost: after that all have half of torchrun's 30 s left to end in
@@ -57,8 +57,7 @@ class Watch:
         self._ended.set()
         with suppress(Exception):
             if error is not None and not isinstance(error, Interrupted):
-                first = (str(error).splitlines() or [""])[0]
-                self._store.set("lost", f"rank {self.team.rank} ended with {type(error).__name__}: {first[:300]}.")
+                self.team.give_up(error)
                 if self.team.leads:  # the store may be in this process: time for the others to read that
                     time.sleep(2 * LOOK_SECONDS)
             else:
@@ -74,8 +73,8 @@ class Watch:
             beats += 1
             try:
                 self._store.set(f"beat/{self.team.rank}", str(beats))
-                if self._store.check(["lost"]):
-                    self._lose(self._store.get("lost").decode())
+                if self._store.check([LOST]):
+                    self._lose(self._store.get(LOST).decode())
                     return
                 beat = self._store.get(f"beat/{other}").decode() if self._store.check([f"beat/{other}"]) else ""
             except Exception as error:
@@ -88,7 +87,7 @@ class Watch:
             if silent >= SILENT_SECONDS:
                 words = f"rank {other} hasn't shown any sign of life for {silent:.0f} s."
                 with suppress(Exception):
-                    self._store.set("lost", words)
+                    self._store.set(LOST, words)
                 self._lose(words)
                 return
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from moelet.decoding import Decoder, can_decode
 from moelet.generate import Sampling, choose
 from moelet.inspection.routing import mixtures, watched
-from moelet.modelling import GPT, KVCache
+from moelet.kv_cache import KVCache
+from moelet.modelling import GPT
 from moelet.tokenizer import Tokenizer
 
 ROWS = 64  # of a prompt, whose logits are held at a time

@@ -11,8 +11,8 @@ import os
 import platform
 import shlex
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -51,11 +51,16 @@ from moelet.storage.manifest import (
     sweep,
     verify,
 )
-from moelet.storage.tensor_file import TensorFile, Tensors
+from moelet.storage.tensor_file import ALL, TensorFile, Tensors
 from moelet.tokenizer import Tokenizer
 
 HPARAMS, TOKENIZER = "hparams.json", "tokenizer.model"
 T = TypeVar("T")
+
+
+# Has other ranks write their parts of a checkpoint into a folder; what it returns waits for them, in any thread, and
+# returns what they wrote.
+Others = Callable[[Path], Callable[[], dict[str, Part]]]
 
 
 class Checkpoint(NamedTuple):
@@ -67,7 +72,8 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
     identity: dict[str, str]  # fingerprints that must be equal at resume, by name
     run_id: str = ""  # of the run that it is of; "" for those from before there were ids
-    others: Callable[[Path], dict[str, Part]] | None = None  # has other ranks write their parts of it into a folder
+    others: Others | None = None  # where no rank has all of the model
+    shapes: dict[str, tuple[int, ...]] = {}  # noqa: RUF012  of the model's tensors, whole; of one that was read
 
 
 class Loaded(NamedTuple):
@@ -102,28 +108,83 @@ def save(run: Path, checkpoint: Checkpoint) -> None:
     One of the same step stays if it verifies. What is in the way otherwise is put aside: of the same step or later, a
     run passed it over when it was resumed. Raises SaveError when the disk doesn't take it.
     """
-    parts = serialised(checkpoint)
-    target = folder_of(run, checkpoint.step)
-    try:
-        if owner_of(target) != checkpoint.run_id or fault(target) is not None:
-            _write(target, checkpoint, parts)
-        sync_folder(target.parent)
-        for later, folder in folders(run):
-            if later > checkpoint.step and owner_of(folder) in (checkpoint.run_id, None):
-                put_aside(folder, "damaged")
-    except OSError as error:
-        size = sum(map(len, parts.values()))
-        raise SaveError(_unsaved(run, checkpoint.run_id, checkpoint.step, size, error), run) from error
+    Writing(run, checkpoint).finish()
 
 
-def write_tensors(folder: Path, rank: int, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> dict[str, Part]:
-    """Write what a rank gives to a checkpoint into the folder where it is being made; return what was written."""
-    written = {}
-    for name, tensors in ((MODEL, model), (OPTIMIZER, optimizer)):
-        data = safetensors.torch.save(_on_cpu(tensors))
-        write_synced(folder / of_rank(name, rank), data)
-        written[of_rank(name, rank)] = _part(data)
-    return written
+class Writing:
+    """A checkpoint on its way to the disk: a copy of what goes into it, and the folder where it is being made."""
+
+    def __init__(self, run: Path, checkpoint: Checkpoint) -> None:
+        """Copy the tensors, which may change from then on, and have other ranks do so. Raises SaveError."""
+        self._files = serialised(checkpoint)
+        self._run, self._made = run, checkpoint._replace(model={}, optimizer={})
+        self._target = folder_of(run, checkpoint.step)
+        name = f"{self._target.name}.tmp-{checkpoint.run_id}-{os.getpid()}"
+        self._temporary: Path | None = self._target.with_name(name)
+        self._others: Callable[[], dict[str, Part]] = dict
+        with self._telling():
+            if owner_of(self._target) == checkpoint.run_id and fault(self._target) is None:
+                self._temporary = None
+                return
+            make_folders(self._target.parent)
+            sweep(run)  # what a killed process left may be what the disk is full of
+            self._temporary.mkdir()
+            if checkpoint.others is not None:
+                self._others = checkpoint.others(self._temporary)
+
+    def finish(self) -> None:
+        """Write it, in any thread; as `save` says."""
+        with self._telling():
+            if self._temporary is not None:
+                self._write(self._temporary)
+            sync_folder(self._target.parent)
+            for later, folder in folders(self._run):
+                if later > self._made.step and owner_of(folder) in (self._made.run_id, None):
+                    put_aside(folder, "damaged")
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            size = sum(map(len, self._files.values()))
+            raise SaveError(_unsaved(self._run, self._made.run_id, self._made.step, size, error), self._run) from error
+
+    def _write(self, temporary: Path) -> None:
+        """Write the files, the manifest last, and give them their name once they are on the disk."""
+        run_id, target = self._made.run_id, self._target
+        try:
+            for name, data in self._files.items():
+                write_synced(temporary / name, data)
+            files = {name: _part(data) for name, data in self._files.items()} | self._others()
+            write_synced(temporary / MANIFEST, sealed(_manifest(self._made, files)))
+            sync_folder(temporary)
+            try:
+                verify(temporary, target.name)
+            except Damaged as error:
+                raise OSError(errno.EIO, f"read back, {error}") from None
+            if target.exists():
+                owner = owner_of(target)
+                put_aside(target, "damaged" if owner in (run_id, None) else f"of-run-{owner}")
+            os.rename(temporary, target)
+        except OSError:
+            with suppress(OSError, UserError):
+                self._others()  # they write there
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def pack_tensors(rank: int, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> dict[str, bytes]:
+    """Return the files that a rank gives to a checkpoint."""
+    tensors = ((MODEL, model), (OPTIMIZER, optimizer))
+    return {of_rank(name, rank): safetensors.torch.save(_on_cpu(some)) for name, some in tensors}
+
+
+def write_packed(folder: Path, files: dict[str, bytes]) -> dict[str, Part]:
+    """Write a rank's files into the folder where a checkpoint is being made; return what was written."""
+    for name, data in files.items():
+        write_synced(folder / name, data)
+    return {name: _part(data) for name, data in files.items()}
 
 
 def _part(data: bytes) -> Part:
@@ -139,33 +200,6 @@ def _manifest(checkpoint: Checkpoint, files: dict[str, Part]) -> dict[str, Any]:
         "files": {name: part._asdict() for name, part in files.items()},
         "made_by": {"torch": torch.__version__, "python": platform.python_version()},
     }
-
-
-def _write(target: Path, checkpoint: Checkpoint, parts: dict[str, bytes]) -> None:
-    """Write a checkpoint's files, the manifest last, and give them their name once they are on the disk."""
-    run_id = checkpoint.run_id
-    make_folders(target.parent)
-    sweep(target.parents[1])  # what a killed process left may be what the disk is full of
-    temporary = target.with_name(f"{target.name}.tmp-{run_id}-{os.getpid()}")
-    try:
-        temporary.mkdir()
-        for name, data in parts.items():
-            write_synced(temporary / name, data)
-        files = {name: _part(data) for name, data in parts.items()}
-        files |= {} if checkpoint.others is None else checkpoint.others(temporary)
-        write_synced(temporary / MANIFEST, sealed(_manifest(checkpoint, files)))
-        sync_folder(temporary)
-        try:
-            verify(temporary, target.name)
-        except Damaged as error:
-            raise OSError(errno.EIO, f"read back, {error}") from None
-        if target.exists():
-            owner = owner_of(target)
-            put_aside(target, "damaged" if owner in (run_id, None) else f"of-run-{owner}")
-        os.rename(temporary, target)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _unsaved(run: Path, run_id: str, step: int, size: int, error: OSError) -> str:
@@ -184,12 +218,20 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def read_newest(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest checkpoint that verifies, and a line for each passed over. Raises UserError as `newest`."""
-    return newest_read(run, _read)
+def whole(name: str, rows: int) -> slice:
+    """The part of a tensor that is all of it."""
+    return slice(0, rows)
 
 
-def _read(folder: Path) -> Checkpoint:
+def read_newest(run: Path, part: Callable[[str, int], slice] = whole) -> tuple[Checkpoint | None, list[str]]:
+    """Return the newest checkpoint that verifies, and a line for each passed over. Raises UserError as `newest`.
+
+    `part(name, rows)` says which rows are read of the model's tensor `name` and of its optimizer's state.
+    """
+    return newest_read(run, lambda folder: _read(folder, part))
+
+
+def _read(folder: Path, part: Callable[[str, int], slice]) -> Checkpoint:
     """Return a checkpoint; no tensor is made of it before all of it is verified. Raises Damaged."""
     manifest, expected = read_manifest(folder), expected_parts(folder, folder.name)
     identity = _identity(manifest)
@@ -198,8 +240,11 @@ def _read(folder: Path) -> Checkpoint:
         state = _parsed(STATE, lambda: parse_json(files[STATE].read(), STATE))
         if not isinstance(state, dict):
             raise Damaged(f"{STATE} holds a {type(state).__name__}, not an object")
-        model, optimizer = (_tensors(folder, name, files) for name in (MODEL, OPTIMIZER))
-    return Checkpoint(manifest["step"], model, optimizer, state, identity, manifest.get("run_id", ""))
+        of_model, of_optimizer = (_tensors(name, files) for name in (MODEL, OPTIMIZER))
+        model = _read_parts(folder / MODEL, of_model, part)
+        optimizer = _read_parts(folder / OPTIMIZER, of_optimizer, lambda key, n: part(key.rpartition(":")[0], n))
+    run_id = manifest.get("run_id", "")
+    return Checkpoint(manifest["step"], model, optimizer, state, identity, run_id, shapes=of_model.shapes)
 
 
 def _identity(manifest: dict[str, Any]) -> dict[str, str]:
@@ -209,11 +254,16 @@ def _identity(manifest: dict[str, Any]) -> dict[str, str]:
     return identity
 
 
-def _tensors(folder: Path, name: str, files: dict[str, BufferedReader]) -> dict[str, Tensor]:
+def _tensors(name: str, files: dict[str, BufferedReader]) -> Tensors:
     """Return the tensors of a file and of those that other ranks wrote beside it."""
-    found = _parsed(name, lambda: Tensors([TensorFile(files[part], part) for part in parts_of(name, files)]))
-    require_memory(sum(size_of(files[part]) for part in parts_of(name, files)), str(folder / name))
-    return _parsed(name, found.read_all)
+    return _parsed(name, lambda: Tensors([TensorFile(files[file], file) for file in parts_of(name, files)]))
+
+
+def _read_parts(path: Path, tensors: Tensors, part: Callable[[str, int], slice]) -> dict[str, Tensor]:
+    """Return the rows of each tensor that `part` says, once there is memory for them."""
+    rows = {name: part(name, shape[0]) if shape else ALL for name, shape in tensors.shapes.items()}
+    require_memory(sum(tensors.bytes_of(name, rows[name]) for name in rows), str(path))
+    return _parsed(path.name, lambda: {name: tensors.read(name, rows[name]) for name in rows})
 
 
 def _parsed(name: str, parse: Callable[[], T]) -> T:
@@ -224,11 +274,11 @@ def _parsed(name: str, parse: Callable[[], T]) -> T:
         raise Damaged(f"{name} is what its manifest says, and can't be read ({error})") from None
 
 
-def read(run: Path, step: int) -> Checkpoint:
-    """Return the checkpoint of a step. Raises UserError when it doesn't verify."""
+def read(run: Path, step: int, part: Callable[[str, int], slice] = whole) -> Checkpoint:
+    """Return the checkpoint of a step, `part` of it as in `read_newest`. Raises UserError when it doesn't verify."""
     folder = folder_of(run, step)
     try:
-        return _read(folder)
+        return _read(folder, part)
     except Damaged as error:
         raise UserError(f"{folder}: {error}. Take another checkpoint, or restore it from a copy.") from None
 
@@ -280,7 +330,7 @@ def _load_model(
     with ExitStack() as stack:
         names = parts_of(MODEL, expected)
         files = {name: stack.enter_context(open_verified(folder, name, expected[name])) for name in names}
-        tensors = _parsed(MODEL, lambda: Tensors([TensorFile(file, str(folder / n)) for n, file in files.items()]))
+        tensors = _tensors(MODEL, files)
         refuse_other_shapes(run, tensors.shapes, hparams, tokenizer)
         require_memory(sum(map(size_of, files.values())), f"the model of {run}")
         model = GPT(hparams.model, tokenizer.vocab_size)

@@ -10,15 +10,18 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 from moelet.console import Progress
 from moelet.errors import TemporaryError
+from moelet.hparams import Hparams
 from moelet.metrics import METRICS_FILE, read_rows
-from moelet.storage.checkpoint import Checkpoint, SaveError, save, serialised
+from moelet.storage.checkpoint import Checkpoint, SaveError, Writing, save, serialised
 from moelet.storage.disk import sync_folder, write_synced
-from moelet.storage.manifest import MODEL, folders, make_room, run_id_of
+from moelet.storage.manifest import MODEL, folders, make_room, retain, run_id_of
 
 PAUSES = (0.2, 1.0, 3.0)  # seconds before each further try: within a scheduler's grace, 30 s on most
 PAUSED_SECONDS, REMIND_SECONDS = 5.0, 60.0  # between tries while a run is paused, between saying so
@@ -40,25 +43,83 @@ class Saver:
     def __init__(
         self,
         run: Path,
-        policy: str,
+        hparams: Hparams,
+        whole: Callable[[], Checkpoint],
         belongings: Callable[[], dict[str, bytes]],
         progress: Progress,
         enough: Callable[[], bool],
         lines: Callable[[], bool],
         check: Callable[[], None],
     ) -> None:
-        """`belongings()` are the files that make a folder with a checkpoint a run; `lines()` writes what waits of its
-        metrics and returns whether all is written; `check()` raises UserError where another process has the folder by
-        now, and OSError where that can't be told."""
-        self.run, self.policy, self.belongings, self.progress, self.enough = run, policy, belongings, progress, enough
-        self.lines, self.check = lines, check
+        """`whole()` is the run as it stands; `belongings()` are the files that make a folder with a checkpoint a run;
+        `lines()` writes what waits of its metrics and returns whether all is written; `check()` raises UserError where
+        another process has the folder by now, and OSError where that can't be told."""
+        self.run, self.hparams, self.whole, self.belongings = run, hparams, whole, belongings
+        self.progress, self.enough, self.lines, self.check = progress, enough, lines, check
+        self.at: int | None = None  # the step of the newest checkpoint
+        self._behind: tuple[Checkpoint, Future[None]] | None = None  # one that is being written while training goes on
 
-    def save(self, made: Checkpoint, final: bool) -> bool:
-        """Write a checkpoint; return whether it is there.
+    def save(self, step: int, final: bool) -> bool:
+        """Write a checkpoint of the present step, unless there is one, and remove those no longer kept; return whether
+        there is one.
 
-        Where it isn't, after all tries, `train.on_save_failure` says what follows. Raises TemporaryError where that is
-        `stop` and where the checkpoint is the run's last one, `final`: parked elsewhere, if anything takes it.
+        Where there isn't, after all tries, `train.on_save_failure` says what follows. Raises TemporaryError where that
+        is `stop` and where the checkpoint is the run's last one, `final`: parked elsewhere, if anything takes it.
         """
+        self.settle(wait=True)
+        if self.at == step:
+            return True
+        made = self.whole()
+        if not self._save(made, final):
+            return False
+        self._saved(made)
+        return True
+
+    def begin(self, step: int) -> None:
+        """Have a checkpoint of the present step written while training goes on, in one try; `settle` says how that
+        went. Where the one before failed, it is written at once."""
+        if not self.settle(wait=True):
+            self.save(step, final=False)
+        if self.at == step:
+            return
+        self.lines()
+        made, outcome = self.whole(), Future[None]()
+        self._behind = made, outcome
+
+        def finish(writing: Writing) -> None:
+            try:
+                writing.finish()
+                outcome.set_result(None)
+            except Exception as error:
+                outcome.set_exception(error)
+
+        try:
+            self._ours(made)
+            writing = Writing(self.run, made)
+        except SaveError as error:
+            outcome.set_exception(error)
+        else:  # where other ranks write theirs, it may wait for one that is lost
+            Thread(target=finish, args=[writing], daemon=made.others is not None).start()
+
+    def settle(self, wait: bool = False) -> bool:
+        """See how the checkpoint ended that was begun last, if it has, or `wait` until it has. Return False, once,
+        where it failed."""
+        if self._behind is None or not (wait or self._behind[1].done()):
+            return True
+        (made, outcome), self._behind = self._behind, None
+        try:
+            outcome.result()
+        except SaveError as error:
+            self._warn(f"{error.reason} It was to be written while training went on.")
+            return False
+        self._saved(made)
+        return True
+
+    def _saved(self, made: Checkpoint) -> None:
+        self.at, best = made.step, made.state["best"]
+        retain(self.run, self.hparams.train.keep_checkpoints, int(best["step"]) if best else None, good=made.step)
+
+    def _save(self, made: Checkpoint, final: bool) -> bool:
         written = self.lines() or not final or self._insist()
         try:
             self._try(made)
@@ -66,9 +127,9 @@ class Saver:
                 return True
             raise SaveError(f"the last lines of {self.run / METRICS_FILE} can't be written.", self.run)
         except SaveError as error:
-            if final or self.policy == "stop":
+            if final or self.hparams.train.on_save_failure == "stop":
                 raise self._parked(made, error) from error
-            if self.policy == "pause":
+            if self.hparams.train.on_save_failure == "pause":
                 return self._wait(made, error)
             self._warn(f"{error.reason} Training goes on; the next checkpoint is the next try.")
             return False
@@ -93,6 +154,10 @@ class Saver:
 
     def _write(self, made: Checkpoint) -> None:
         """Write a checkpoint into a folder that is still this process's."""
+        self._ours(made)
+        save(self.run, made)
+
+    def _ours(self, made: Checkpoint) -> None:
         try:
             self.check()
         except OSError as error:
@@ -101,7 +166,6 @@ class Saver:
                 f"({error.strerror}).",
                 self.run,
             ) from error
-        save(self.run, made)
 
     def _make_room(self, made: Checkpoint, error: SaveError) -> None:
         """Where the disk is full, remove what it can do without: older checkpoints of this run."""

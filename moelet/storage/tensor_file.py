@@ -19,6 +19,7 @@ from moelet.storage.intake import ADVICE, parse_json, shown, size_of
 LARGEST_HEADER = 4 * 2**20  # bytes; 30,000 tensors take 3 MB, and in memory a header takes up to 30 times its size
 LARGEST_FILE = 2**44  # bytes; what is in it is held against the model's shape and the machine's memory
 MOST_DIMENSIONS = 8
+ALL = slice(None)  # rows
 LONGEST_NAME = 512  # characters
 FORMATS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -85,12 +86,14 @@ class TensorFile:
             raise self.damaged(f"{name} has {end - begin} bytes, not what its shape {shown(shape)} in {kind} takes")
         return Place(kind, tuple(shape), start + begin), start + end
 
-    def read(self, name: str) -> Tensor:
-        """Return a tensor. Raises UserError where the file has become shorter meanwhile."""
-        place = self.places[name]
-        tensor = torch.empty(place.shape, dtype=FORMATS[place.format])
+    def read(self, name: str, rows: slice = ALL) -> Tensor:
+        """Return a tensor, or some of its rows. Raises UserError where the file has become shorter meanwhile."""
+        place, shape = self.places[name], self.places[name].shape
+        start, stop, _ = rows.indices(shape[0]) if shape else (0, 0, 1)
+        shape = (max(0, stop - start), *shape[1:]) if shape else shape
+        tensor = torch.empty(shape, dtype=FORMATS[place.format])
         into = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        self._file.seek(place.start)
+        self._file.seek(place.start + start * math.prod(shape[1:]) * tensor.itemsize)
         while into:
             count = self._file.readinto(into)
             if not count:
@@ -133,13 +136,29 @@ class Tensors:
             rows += place.shape[0] if place.shape else 0
         return (rows, *first.shape[1:])
 
-    def read(self, name: str) -> Tensor:
-        """Return a tensor, whole. Raises UserError where a file has become shorter meanwhile."""
-        tensors = [file.read(part) for _, file, part in self._parts[name]]
+    def read(self, name: str, rows: slice = ALL) -> Tensor:
+        """Return a tensor, or some of its rows, whichever files they are in. Raises UserError where a file has become
+        shorter meanwhile."""
+        if not (shape := self.shapes[name]):
+            return self._parts[name][0][1].read(self._parts[name][0][2])
+        start, stop, _ = rows.indices(shape[0])
+        tensors = []
+        for first, file, part in self._parts[name]:
+            begin, end = max(start, first), min(stop, first + file.places[part].shape[0])
+            if begin < end:
+                tensors.append(file.read(part, slice(begin - first, end - first)))
+        if not tensors:
+            tensors = [self._parts[name][0][1].read(self._parts[name][0][2], slice(0, 0))]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     def read_all(self) -> dict[str, Tensor]:
         return {name: self.read(name) for name in self._parts}
+
+    def bytes_of(self, name: str, rows: slice = ALL) -> int:
+        """Return how much memory a tensor takes, or some of its rows."""
+        shape, (_, file, first) = self.shapes[name], self._parts[name][0]
+        counted = (len(range(*rows.indices(shape[0]))), *shape[1:]) if shape else ()
+        return math.prod(counted) * FORMATS[file.places[first].format].itemsize
 
 
 def _counts(values: Any) -> bool:

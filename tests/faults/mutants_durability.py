@@ -6,9 +6,24 @@ POWER_CUT = "tests/faults/test_power_cut.py::test_the_power_fails_after_any_call
 KILLED = "tests/faults/test_power_cut.py::test_killed_at_any_call"
 DAMAGED = "tests/faults/test_damaged_checkpoint.py::test_a_file_of_a_checkpoint_is_damaged"
 RETENTION = "tests/faults/test_retention.py"
+BEHIND = "tests/faults/test_written_behind.py"
 SIGNALS = "tests/faults/test_stopped_by_signals.py::test_a_signal_asks_to_stop"
 
 MUTANTS = [
+    Mutant(
+        "a checkpoint that fails behind training and that nobody misses",
+        "moelet/storage/saving.py",
+        'It was to be written while training went on.")\n            return False\n',
+        'It was to be written while training went on.")\n            return True\n',
+        BEHIND,
+    ),
+    Mutant(
+        "a checkpoint that is taken for written while it is being written",
+        "moelet/storage/saving.py",
+        "        self._behind = made, outcome\n",
+        "        self._behind = made, outcome\n        self.at = made.step\n",
+        BEHIND,
+    ),
     Mutant(
         "a file that isn't on the disk before it counts",
         "moelet/storage/disk.py",
@@ -19,7 +34,7 @@ MUTANTS = [
     Mutant(
         "a name that isn't on the disk when the save returns",
         "moelet/storage/checkpoint.py",
-        "        sync_folder(target.parent)\n",
+        "            sync_folder(self._target.parent)\n",
         "",
         POWER_CUT,
     ),
@@ -33,17 +48,19 @@ MUTANTS = [
     Mutant(
         "a checkpoint that has its name before its files",
         "moelet/storage/checkpoint.py",
-        "        temporary.mkdir()\n",
-        "        temporary.mkdir()\n        os.rename(temporary, target)\n        temporary = target\n",
+        "            self._temporary.mkdir()\n",
+        "            self._temporary.mkdir()\n"
+        "            os.rename(self._temporary, self._target)\n"
+        "            self._temporary = self._target\n",
         KILLED,
     ),
     Mutant(
         "a manifest that is written first",
         "moelet/storage/checkpoint.py",
-        "        for name, data in parts.items():\n            write_synced(temporary / name, data)\n",
-        "        files = {name: _part(data) for name, data in parts.items()}\n"
-        "        write_synced(temporary / MANIFEST, sealed(_manifest(checkpoint, files)))\n"
-        "        for name, data in parts.items():\n            write_synced(temporary / name, data)\n",
+        "            for name, data in self._files.items():\n                write_synced(temporary / name, data)\n",
+        "            files = {name: _part(data) for name, data in self._files.items()}\n"
+        "            write_synced(temporary / MANIFEST, sealed(_manifest(self._made, files)))\n"
+        "            for name, data in self._files.items():\n                write_synced(temporary / name, data)\n",
         "tests/faults/test_power_cut.py::test_the_manifest_is_written_last",
     ),
     Mutant(
@@ -133,7 +150,7 @@ MUTANTS = [
     Mutant(
         "a full disk that ends the run",
         "moelet/storage/saving.py",
-        '            if final or self.policy == "stop":',
+        '            if final or self.hparams.train.on_save_failure == "stop":',
         "            if True:",
         "tests/faults/test_disk_full.py::test_the_disk_is_full_for_a_while",
     ),

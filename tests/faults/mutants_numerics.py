@@ -89,7 +89,7 @@ MUTANTS = [
     Mutant(
         "going back to a checkpoint in name alone",
         "moelet/session.py",
-        "        restore(training, read(self.run, step))\n",
+        "        restore(training, read(self.run, step, training.layout.part))\n",
         "        training.step = step\n",
         "tests/faults/test_not_finite.py::test_a_loss_that_jumps[small-rewind]",
     ),

@@ -10,6 +10,27 @@ LAYOUT, STEP = "moelet/parallel/layout.py", "moelet/step.py"
 
 MUTANTS = [
     Mutant(
+        "parts of a model whose numbers are others than one process draws",
+        "moelet/modelling.py",
+        "_Unset(draws=True)",
+        "_Unset()",
+        ALIKE,
+    ),
+    Mutant(
+        "parts of a model that all have the first rows",
+        LAYOUT,
+        "copy_(whole[layout.part(name, len(whole))])",
+        "copy_(whole[: len(whole[layout.part(name, len(whole))])])",
+        ALIKE,
+    ),
+    Mutant(
+        "gradients that are taken before they have come back from other ranks",
+        "moelet/parallel/exchange.py",
+        "        return ctx.trip.arrive(), None\n",
+        "        return torch.zeros_like(ctx.trip.arrive()), None\n",
+        ALIKE,
+    ),
+    Mutant(
         "replicas whose gradients are never added up",
         LAYOUT,
         "(root.set_requires_all_reduce if layout.divided else root.set_requires_gradient_sync)(now)",
@@ -33,8 +54,8 @@ MUTANTS = [
     Mutant(
         "balance over one rank's rows",
         STEP,
-        "balance_slopes(routing or stats_of_all(training.team, output.router), hparams)",
-        "balance_slopes(routing or add_stats([], output.router), hparams)",
+        "routing = routing or stats_of_all(training.team, output.router)",
+        "routing = routing or add_stats([], output.router)",
         ALIKE,
     ),
     Mutant(
@@ -67,9 +88,9 @@ MUTANTS = [
     ),
     Mutant(
         "optimizer state of other rows put back",
-        "moelet/state.py",
-        "value = value[layout.part(name, len(value))].clone()",
-        "value = value[: len(value[layout.part(name, len(value))])].clone()",
+        "moelet/storage/checkpoint.py",
+        'lambda key, n: part(key.rpartition(":")[0], n)',
+        'lambda key, n: slice(0, len(range(n)[part(key.rpartition(":")[0], n)]))',
         READ,
     ),
     Mutant(
@@ -89,8 +110,8 @@ MUTANTS = [
     Mutant(
         "a rank that fails and tells nobody",
         "moelet/parallel/watch.py",
-        'self._store.set("lost", f"rank {self.team.rank} ended with',
-        'str(f"rank {self.team.rank} ended with',
-        DIE,
+        "                self.team.give_up(error)\n",
+        "                pass\n",
+        "tests/test_parallel.py::test_a_rank_that_fails_tells_the_others",
     ),
 ]

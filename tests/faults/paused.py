@@ -75,9 +75,9 @@ PLACES: dict[str, tuple[str, str, Any]] = {
     "behind a file": ("moelet.storage.checkpoint", "write_synced", after),
     "before reading back": ("moelet.storage.checkpoint", "verify", before),
     "before the name": ("moelet.storage.checkpoint", "sync_folder", after),
-    "behind the name": ("moelet.session", "retain", before),
+    "behind the name": ("moelet.storage.saving", "retain", before),
     "while clearing out": ("moelet.storage.manifest", "put_aside", after),
-    "behind clearing out": ("moelet.session", "retain", after),
+    "behind clearing out": ("moelet.storage.saving", "retain", after),
     "half a line of metrics": ("moelet.session", "append_metrics", half_a_line),
     "settings": ("moelet.train", "write_file", before),
     "step": ("moelet.session", "train_step", before),
@@ -110,12 +110,17 @@ def stop_at(place: Place, here: Path, go: Path) -> None:
 class Runs:
     """Starts `moelet` commands, each in a process and a process group of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, waiting: str = "cpu") -> None:
+        """`waiting` is the device on which training waits for its checkpoints."""
         self.folder = folder
         self.out, self.here, self.go = folder / "out.txt", folder / "here", folder / "go"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, __file__, waiting],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         self.running: set[int] = set()
         self._lines: queue.Queue[str] = queue.Queue()
@@ -196,7 +201,7 @@ def main() -> None:
     metrics: Any = sys.modules["moelet.metrics"]
     metrics.RATE_SECONDS, metrics.RATE_SIZE["cpu"] = 0.0, 8
     session: Any = sys.modules["moelet.session"]
-    session.SAMPLE_TOKENS = 12
+    session.SAMPLE_TOKENS, session.WAITING = 12, (sys.argv[1],)
     report: Any = sys.modules["moelet.report"]  # tests/test_resume.py has it drawn; here it would be most of the time
     report.write_loss_curve = report.write_report = lambda run: run / "report.html"
     os.fsync = lambda handle: None  # a killed process's writes are in the kernel; power cuts are test_power_cut's

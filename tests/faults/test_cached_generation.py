@@ -14,7 +14,8 @@ from torch import Tensor
 from moelet import decoding, generate
 from moelet.errors import UserError
 from moelet.generate import Sampling
-from moelet.modelling import GPT, KVCache
+from moelet.kv_cache import KVCache
+from moelet.modelling import GPT
 from moelet.sections import ModelSettings
 from moelet.tokenizer import Tokenizer
 

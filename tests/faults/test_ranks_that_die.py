@@ -16,7 +16,7 @@ from moelet.storage.manifest import newest
 STEPS, SILENT = 6, 3.0
 Fault = tuple[Ranks, int, str, str, int]  # the layout, which rank, what happens to it, at which call of what
 DATA, EXPERT, SHARD = ranks(data=2), ranks(expert=2), ranks(shard=2)
-FEW: list[Fault] = [(SHARD, 0, "stop", "step", 3), (EXPERT, 1, "error", "parts", 2)]
+FEW: list[Fault] = [(SHARD, 0, "stop", "step", 3), (DATA, 1, "stop", "step", 3), (EXPERT, 1, "error", "parts", 2)]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,7 @@ def drawn(trials: Trials) -> list[Fault]:
                 call = trials.random.randint(1, 2 if place == "evaluation" else 5)
                 found.append((layout, trials.random.randrange(layout.count), kind, place, call))
     found += [(EXPERT, 1, kind, "parts", trials.random.randint(1, 5)) for kind in ("kill", "stop", "error")]
+    found += [(SHARD, 1, kind, "parts", trials.random.randint(1, 5)) for kind in ("kill", "stop", "error")]
     found += [(SHARD, 0, kind, "save", trials.random.randint(6, 12)) for kind in ("kill", "stop", "error")]
     return found
 
