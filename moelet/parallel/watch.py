@@ -53,15 +53,20 @@ class Watch:
         if is_lost(error):
             self._found.wait(SILENT_SECONDS + 3 * LOOK_SECONDS)
             self._ended.set()
+            self._stay()
             raise TemporaryError(f"{self._words or error} {self.advice}") from None
         self._ended.set()
         with suppress(Exception):
             if error is not None and not isinstance(error, Interrupted):
                 self.team.give_up(error)
-                if self.team.leads:  # the store may be in this process: time for the others to read that
-                    time.sleep(2 * LOOK_SECONDS)
+                self._stay()
             else:
                 self._store.set(f"beat/{self.team.rank}", "done")
+
+    def _stay(self) -> None:
+        """Give the others time to read why this rank ends, where the store may be in its process."""
+        if self.team.leads:
+            time.sleep(2 * LOOK_SECONDS)
 
     def _watch(self) -> None:
         beats, seen, silent, looked = 0, "", 0.0, time.monotonic()

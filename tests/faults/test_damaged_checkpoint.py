@@ -84,7 +84,7 @@ def test_a_file_of_a_checkpoint_is_damaged(trials: Trials, tmp_path: Path, monke
     used: list[str] = []
     real = checkpoint.TensorFile.read
     monkeypatch.setattr(
-        checkpoint.TensorFile, "read", lambda self, name: used.append(opened(self._file)) or real(self, name)
+        checkpoint.TensorFile, "read", lambda self, *given: used.append(opened(self._file)) or real(self, *given)
     )
     for index in range(trials.count(small=120, full=1000)):
         harm, name = trials.random.choice(HARMS), trials.random.choice([*PARTS, MANIFEST])
