@@ -98,6 +98,7 @@ def test_a_rank_that_fails_tells_the_others(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(module, "meeting_place", lambda: store)
     with pytest.raises(KeyError), watch.Watch(Team(1, 2), "Go on."):
         raise KeyError("planted\nand more")
+    assert store.check(["lost"])  # to get what isn't there would wait for it
     assert store.get("lost") == b"rank 1 ended with KeyError: 'planted\\nand more'."
 
 
