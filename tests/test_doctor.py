@@ -83,14 +83,16 @@ def test_an_evicting_expert_is_found(hparams: Hparams, monkeypatch: pytest.Monke
     """Capacity: the last tokens decide which of the earlier ones keep their expert."""
     right = moe.Experts.forward
 
-    def with_capacity(self: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def with_capacity(
+        self: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, *beside: Any
+    ) -> torch.Tensor:
         place = torch.arange(ids.numel()).view_as(ids).flip(0)  # later ones first
         kept = torch.zeros_like(weights)
         for expert in range(self.up_proj.shape[0]):
             mine = (ids == expert).nonzero()
             first = mine[place[mine[:, 0], mine[:, 1]].argsort()][: ids.numel() // self.up_proj.shape[0] // 2]
             kept[first[:, 0], first[:, 1]] = 1
-        return right(self, x, ids, weights * kept)
+        return right(self, x, ids, weights * kept, *beside)
 
     monkeypatch.setattr(moe.Experts, "forward", with_capacity)
     assert "change what the model says before them" in faults(hparams, ["causality"])["causality"].told
