@@ -110,8 +110,6 @@ class WeightsAndBiases:
 
         identity = identity_of(run, fresh=not rows)
         offline = wandb.setup().settings.mode != "online"
-        self.earlier = f"offline-run-*-{identity}" if offline else None
-        self.folder = run / "wandb"
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             dir=run,
@@ -123,13 +121,10 @@ class WeightsAndBiases:
         )
         for row in rows:
             self.log(row)
-        self._remove_earlier()
-
-    def _remove_earlier(self) -> None:
-        """Remove what earlier starts have left offline; all of it is in this one's file."""
-        for folder in self.folder.glob(self.earlier) if self.earlier else []:
-            if not Path(self.run.dir).is_relative_to(folder.resolve()):
-                shutil.rmtree(folder, ignore_errors=True)
+        if offline:
+            for folder in (run / "wandb").glob(f"offline-run-*-{identity}*"):  # "-1" behind it within the same second
+                if not Path(self.run.dir).is_relative_to(folder.resolve()):
+                    shutil.rmtree(folder)
 
     @staticmethod
     def check() -> None:
@@ -150,7 +145,6 @@ class WeightsAndBiases:
             self.run.log(numbers(row), step=row["step"])
 
     def close(self, finished: bool) -> None:
-        self._remove_earlier()  # again: the service of a start that was killed may have ended its file since
         self.run.finish(exit_code=0 if finished else 1)
 
 
